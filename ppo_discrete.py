@@ -3,26 +3,17 @@
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "tyro==1.0.17", "tensorboard==2.21.0",
 #                 "tqdm==4.70.1", "moviepy==2.2.1", "pygame-ce==2.5.8"]
 # ///
-"""PPO for Discrete actions and vector observations: the whole algorithm, top to bottom.
+"""PPO for Discrete actions and vector observations, the whole algorithm in one file. Try --help.
 
-    python ppo_discrete.py                                 # CartPole-v1, 500k steps
-    python ppo_discrete.py --env-id Acrobot-v1 --seed 2    # all flags: --help
-
-Papers: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02438. Tags like [core 5] number the
-details of https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/ (README: tag -> line -> why).
 RESULT
-Unlike CleanRL's ppo.py, whose hyperparameters these are: 1. a truncated episode bootstraps from its final
-observation [ours 1]; 2. no row of the batch belongs to an automatic reset [ours 2]; 3. dones[t] means that action t
-ended the episode, so GAE needs no special case for its last row; 4. --target-kl is tested before every optimiser
-step [ours 3]; 5. logged losses are means over all minibatches [ours 4].
-Shapes in comments: T num_steps, N num_envs, B = T * N batch, M = B / num_minibatches minibatch.
+Papers: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02438. Tags like [core 5] number
+details of https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details, those like [ours 1] add to
+CleanRL's ppo.py. Letters: T num_steps, N num_envs, B = T * N batch, M = B / num_minibatches minibatch.
 """
 
 import dataclasses
-import functools
-import importlib.util
+import importlib
 import math
-import multiprocessing
 import random
 import signal
 import sys
@@ -40,22 +31,18 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
-# fmt: off
 @dataclasses.dataclass
 class Args:
-    """PPO for Discrete actions and vector observations."""
-
     exp_name: str = "ppo_discrete"  # name of the experiment, part of the run directory's name
     seed: int = 1  # seed of torch, numpy, Python's random and the environments
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the CPU, networks this small gain nothing
-    num_threads: int = 1  # CPU threads of torch, 0: torch's choice; networks this small gain nothing from more
+    num_threads: int = 1  # CPU threads of torch, 0: torch's choice; networks this small gain nothing
     torch_deterministic: bool = True  # on CUDA: only deterministic cuDNN kernels
     track: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project_name: str = "ppo"  # project for --track
     wandb_entity: str | None = None  # entity (team) for --track
-
-    env_id: str = "CartPole-v1"  # gymnasium id; package:Env-v0 imports package first and so reaches your own
-    total_timesteps: int = 500_000  # steps over all environments, rounded down to whole iterations
+    env_id: str = "CartPole-v1"  # gymnasium id; package:Env-v0 imports package first, to reach your own
+    total_timesteps: int = 500_000  # steps of all environments, rounded down to whole iterations
     learning_rate: float = 2.5e-4  # Adam's step size, at the start where annealed
     num_envs: int = 4  # environments in all
     num_steps: int = 128  # steps of each environment per iteration
@@ -75,7 +62,6 @@ class Args:
     activation: Literal["tanh", "relu", "elu", "gelu"] = "tanh"  # after each hidden layer
     max_episode_steps: int = 0  # truncate episodes after so many steps; 0: the environment's own limit
     vectorization: Literal["sync", "async"] = "sync"  # async: a process each, for steps above 1 ms
-
     run_dir: str = ""  # directory to write to; empty: a new runs/<env>__<exp>__<seed>__<time>
     save_every: int = 50  # iterations between checkpoints; the last iteration always writes one
     resume: str = ""  # checkpoint.pt, or its directory, to continue with the flags it was started with
@@ -85,9 +71,8 @@ class Args:
     capture_video: bool = False  # write the first evaluated episode to <run_dir>/videos
 
 
-# fmt: on
 class UsageError(ValueError):
-    """Bad input: one line that names the flag and the fix; main prints it and exits with code 2."""
+    """Bad input, told in one line that names the flag and the fix; main exits with code 2."""
 
 
 def require(condition, message):
@@ -99,17 +84,14 @@ def check_args(args):
     """UsageError for flags that cannot work, before anything is started or written."""
     counts = "num_envs num_steps num_minibatches update_epochs hidden_sizes save_every total_timesteps"
     for name, value in vars(args).items():
-        low, high = float(name in counts.split()), 1.0 if name in ("gamma", "gae_lambda") else math.inf
+        low, high = int(name in counts.split()), 1 if name in ("gamma", "gae_lambda") else math.inf
         for x in value if isinstance(value, tuple) else [value]:
             good = not isinstance(x, int | float) or (low <= x <= high and math.isfinite(x))
-            flag = f"--{name.replace('_', '-')}"
-            require(good, f"{flag} {x}: use a finite number of at least {low:g} and at most {high:g}")
-    B, parts, total = args.num_steps * args.num_envs, args.num_minibatches, args.total_timesteps
-    batch = f"--num-steps {args.num_steps} x --num-envs {args.num_envs} = {B}"
-    require(B % parts == 0, f"{batch} is not a multiple of --num-minibatches {parts}: change one of them")
-    alone = B == parts and args.norm_adv
-    require(not alone, f"{batch} in --num-minibatches {parts} makes minibatches of 1: add --no-norm-adv")
-    require(total >= B, f"--total-timesteps {total} is less than one iteration, {batch}: raise it")
+            require(good, f"--{name.replace('_', '-')} {x}: use a finite number from {low} to {high}")
+    B, parts = args.num_steps * args.num_envs, args.num_minibatches
+    whole = B % parts == 0 and (B > parts or not args.norm_adv)  # the std of one advantage would be nan
+    batch = f"--num-steps {args.num_steps} x --num-envs {args.num_envs} = {B} in --num-minibatches {parts}"
+    require(whole, f"{batch} must give equal parts of 2 or more (of 1 with --no-norm-adv): change one")
     for flag, package in {"track": "wandb", "capture_video": "moviepy"}.items():
         there = not getattr(args, flag) or importlib.util.find_spec(package)
         require(there, f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
@@ -117,26 +99,25 @@ def check_args(args):
     require(there, f"--device {args.device} is not available to this build of torch: use --device cpu")
 
 
-def make_envs(args, num_envs, render=False):
-    """num_envs environments as one [core 1]; UsageError if args.env_id is unknown or not for this script."""
+def make_envs(args, num_envs, videos=None):
+    """num_envs environments as one [core 1], videos: folder for an mp4. UsageError for a bad args.env_id."""
 
     def make_env():
-        if multiprocessing.parent_process():  # in a process of async: Ctrl-C is for the main one
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        mode, limit = "rgb_array" if render else None, args.max_episode_steps or None
-        env = gym.make(args.env_id, render_mode=mode, max_episode_steps=limit)
+        mode = "rgb_array" if videos else None
+        env = gym.make(args.env_id, render_mode=mode, max_episode_steps=args.max_episode_steps or None)
+        if videos:
+            env = gym.wrappers.RecordVideo(env, videos, episode_trigger=lambda episode: episode == 0)
         actions, shape, name = env.action_space, env.observation_space.shape or (), f"--env-id {args.env_id}"
-        known = isinstance(actions, gym.spaces.Discrete) and actions.start == 0
-        require(known, f"{name} acts in {actions}, not in Discrete(n): try ppo_continuous.py for a Box")
+        fits = isinstance(actions, gym.spaces.Discrete) and actions.start == 0
+        require(fits, f"{name} acts in {actions}, not in Discrete(n): try ppo_continuous.py for a Box")
         require(len(shape) != 3, f"{name} observes pixels {shape}: try ppo_atari.py")
         # a matrix, a dict of boxes or a Discrete observation becomes one vector
         return env if len(shape) == 1 else gym.wrappers.FlattenObservation(env)
 
-    use_async = args.vectorization == "async" and not render
-    vector_env = gym.vector.AsyncVectorEnv if use_async else gym.vector.SyncVectorEnv
-    # [ours 2] SAME_STEP resets an episode in the step that ends it. The default, NEXT_STEP, takes another step for
-    # that, with reward 0 and an ignored action: a row of the batch that nobody should learn from
+    parallel = args.vectorization == "async" and num_envs > 1
+    vector_env = gym.vector.AsyncVectorEnv if parallel else gym.vector.SyncVectorEnv
+    # [ours 2] SAME_STEP resets an episode in the step that ends it. NEXT_STEP, the default, takes one more,
+    # with reward 0 and an ignored action: a row of the batch that nobody should learn from
     mode = gym.vector.AutoresetMode.SAME_STEP
     try:
         envs = vector_env([make_env] * num_envs, copy=False, autoreset_mode=mode)
@@ -156,10 +137,11 @@ def layer_init(layer, std=2**0.5, bias_const=0.0):
 def mlp(num_inputs, num_outputs, output_std, args):
     """Layers of --hidden-sizes with --activation, then a linear one: (N, num_inputs) -> (N, num_outputs)."""
     activation = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU}[args.activation]
-    layers, sizes = [], [num_inputs, *args.hidden_sizes]
-    for size, next_size in zip(sizes, args.hidden_sizes, strict=False):
-        layers += [layer_init(nn.Linear(size, next_size)), activation()]
-    return nn.Sequential(*layers, layer_init(nn.Linear(sizes[-1], num_outputs), output_std))
+    layers = []
+    for size in args.hidden_sizes:
+        layers += [layer_init(nn.Linear(num_inputs, size)), activation()]
+        num_inputs = size
+    return nn.Sequential(*layers, layer_init(nn.Linear(num_inputs, num_outputs), output_std))
 
 
 class Agent(nn.Module):
@@ -180,7 +162,7 @@ class Agent(nn.Module):
         return self.critic(obs).squeeze(-1)
 
     def get_action_and_value(self, obs, action=None, deterministic=False):
-        """Action (given, sampled or most probable), its log-probability, the policy's entropy, V; (N,) each."""
+        """Action (given, sampled or most probable), its log-probability, the policy's entropy, V; (N,)."""
         dist = Categorical(logits=self.actor(obs), validate_args=False)  # validation is as slow as the actor
         if action is None:  # argmax(p / exponential noise) is a sample of p, faster than dist.sample()
             noise = 1.0 if deterministic else torch.empty_like(dist.probs).exponential_()
@@ -191,9 +173,8 @@ class Agent(nn.Module):
 def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
     """Generalised advantage estimation [core 5], PPO paper eq. 11 and 12: (advantages, returns), (T, N) each.
 
-    rewards, values, dones: (T, N). dones[t] is 1 where action t ended the episode, by termination or truncation;
-    where by truncation, rewards[t] already contains gamma * V(final observation). next_value: (N,), V of the
-    observation after the last step. returns = advantages + values, the lambda-returns.
+    rewards, values, dones: (T, N); dones[t] is 1 where action t ended the episode (CleanRL's dones[t + 1]). If
+    truncated, rewards[t] contains gamma * V(final observation). next_value: (N,), V after the last step.
     """
     nonterminal = 1.0 - dones.to(values.dtype)  # 0 cuts off what follows in the row: it is another episode
     next_values = torch.cat([values[1:], next_value.unsqueeze(0)])  # (T, N)
@@ -207,17 +188,15 @@ def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
 def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, values, args):
     """Loss to minimise, PPO paper eq. 7 and 9, and a dict of detached scalars. All tensors: (M,).
 
-    newlogprob, entropy, newvalue: under the current weights; logprobs, values: under those of the rollout.
-    args: anything with clip_coef, clip_vloss, ent_coef, vf_coef, norm_adv. AssertionError where shapes differ.
+    newlogprob, entropy, newvalue: of the current weights; logprobs, values: of those that made the rollout.
+    args: anything with clip_coef, clip_vloss, ent_coef, vf_coef, norm_adv. AssertionError if shapes differ.
     """
-    tensors = (newlogprob, entropy, newvalue, logprobs, advantages, returns, values)
-    assert len({x.shape for x in tensors}) == 1, "(M,) with (M, 1) would broadcast to (M, M)"
+    shapes = {x.shape for x in (newlogprob, entropy, newvalue, logprobs, advantages, returns, values)}
+    assert len(shapes) == 1, f"shapes {shapes} would broadcast"
     logratio = newlogprob - logprobs
     ratio = logratio.exp()  # 1 in the first minibatch: the weights have not moved yet
-
     if args.norm_adv:  # [core 7] per minibatch, not per batch
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-
     # [core 8] clipped surrogate objective, eq. 7: no gain from moving the ratio further than clip_coef
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     pg_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
@@ -227,55 +206,43 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
         clipped_value = values + (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
         v_error = torch.max(v_error, (clipped_value - returns) ** 2)
     v_loss = 0.5 * v_error.mean()
-
     entropy_loss = entropy.mean()
     loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss  # [core 10] eq. 9
-
     with torch.no_grad():  # [core 12] two estimators of KL(old || new): http://joschu.net/blog/kl-approx.html
         stats = {"pg_loss": pg_loss.detach(), "v_loss": v_loss.detach(), "entropy": entropy_loss.detach()}
-        stats["old_approx_kl"] = (-logratio).mean()
-        stats["approx_kl"] = ((ratio - 1) - logratio).mean()
+        stats |= {"old_approx_kl": (-logratio).mean(), "approx_kl": ((ratio - 1) - logratio).mean()}
         stats["clipfrac"] = ((ratio - 1).abs() > args.clip_coef).to(ratio.dtype).mean()
     return loss, stats
 
 
 def explained_variance(values, returns):
-    """1 - Var(returns - values) / Var(returns): 1 perfect, 0 as good as a constant, nan for constant returns."""
+    """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 like a constant; nan for constant returns."""
     return (1 - (returns - values).var() / returns.var()).item() if returns.var() > 0 else math.nan
 
 
 def save_checkpoint(path, agent, optimizer, envs, args, iteration):
     """Write what resuming and evaluating need, as tensors and plain numbers only."""
+    saved = {"script": Args.exp_name, "args": vars(args) | {"resume": ""}, "iteration": iteration}
+    saved |= {"global_step": iteration * args.num_steps * args.num_envs, "shapes": agent.shapes}
+    saved |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+    saved |= {"torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
     generator, keys, *position = np.random.get_state()
-    checkpoint = {
-        "script": Args.exp_name,
-        "args": dataclasses.asdict(args) | {"resume": ""},
-        "shapes": agent.shapes,
-        "agent": agent.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "iteration": iteration,
-        "global_step": iteration * args.num_steps * args.num_envs,
-        "python_rng": random.getstate(),
-        "numpy_rng": (generator, torch.from_numpy(keys.astype(np.int64)), *position),
-        "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all(),  # [] without CUDA
-    }
-    torch.save(checkpoint, path.with_suffix(".tmp"))
+    saved["numpy_rng"] = (generator, torch.from_numpy(keys.astype(np.int64)), *position)
+    saved["python_rng"] = random.getstate()
+    torch.save(saved, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)  # a crash leaves the old file or the new one, never half of one
 
 
 def load_checkpoint(path):
-    """What save_checkpoint wrote to path (or checkpoint.pt in it); UsageError if this script did not write it."""
+    """What save_checkpoint wrote to path (or checkpoint.pt in it); UsageError if it is not of this script."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-    wanted = "--resume and --evaluate take a checkpoint.pt that this script wrote, or its directory"
-    require(path.is_file(), f"{path} does not exist: {wanted}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
-        script = checkpoint["script"]
-    except Exception as error:  # torch.load does not say which exceptions a damaged file raises
-        raise UsageError(f"{path} is damaged or foreign ({type(error).__name__}): {wanted}") from error
-    require(script == Args.exp_name, f"{path} was written by {script}.py: {wanted}")
-    return checkpoint | {"run_dir": path.parent}
+        saved = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
+        require(saved["script"] == Args.exp_name, f"written by {saved['script']}.py")
+    except Exception as error:  # torch.load does not say what a damaged file raises
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
+        raise UsageError(f"--resume or --evaluate {path}: no checkpoint of this script ({reason})") from error
+    return saved | {"run_dir": path.parent}
 
 
 def load_agent(checkpoint):
@@ -288,115 +255,80 @@ def load_agent(checkpoint):
 
 @torch.no_grad()
 def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=1_000_000, capture_video=False):
-    """Raw returns of num_episodes whole episodes, (num_episodes,); UsageError for bad input. Seeds torch.
-
-    Up to 10 environments play a fixed share each: the first num_episodes to end would favour short episodes.
-    """
+    """Raw returns of num_episodes whole episodes, (num_episodes,). Seeds torch. UsageError for bad input."""
     require(num_episodes > 0, f"--eval-episodes {num_episodes}: use 1 or more")
-    saved, agent, num_envs = load_checkpoint(checkpoint), load_agent(checkpoint), min(num_episodes, 10)
-    shares = (num_episodes + np.arange(num_envs)) // num_envs  # (num_envs,), their sum is num_episodes
-    returns = [[] for _ in shares]
+    saved, agent, returns = load_checkpoint(checkpoint), load_agent(checkpoint), []
     torch.manual_seed(seed)
-    envs = make_envs(Args(**saved["args"]), num_envs, render=capture_video)
+    videos = saved["run_dir"] / "videos" / f"step-{saved['global_step']}-seed-{seed}"
+    envs = make_envs(Args(**saved["args"]), 1, str(videos) if capture_video else None)
     obs, _ = envs.reset(seed=seed)
-    if capture_video:
-        from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
-
-        path = saved["run_dir"] / "videos" / f"step-{saved['global_step']}-seed-{seed}.mp4"
-        path.parent.mkdir(exist_ok=True)
-        frame, fps = envs.unwrapped.envs[0].render(), envs.metadata.get("render_fps", 30)
-        video = FFMPEG_VideoWriter(str(path), frame.shape[1::-1], fps)  # (width, height)
-    with tqdm(total=num_episodes, desc="evaluation", unit="episode") as bar:
-        while bar.n < num_episodes:
-            if capture_video and not returns[0]:
-                video.write_frame(envs.unwrapped.envs[0].render())
+    for _ in tqdm(range(num_episodes), unit="episode"):
+        infos = {}
+        while "episode" not in infos:
             obs = agent.normalize(torch.as_tensor(obs))
             action, *_ = agent.get_action_and_value(obs, deterministic=deterministic)
             obs, _, _, _, infos = envs.step(action.numpy())
-            for i in np.flatnonzero(infos.get("_episode", [])):
-                if len(returns[i]) < shares[i]:
-                    returns[i].append(infos["episode"]["r"][i])
-                    bar.update()
+        returns.append(infos["episode"]["r"][0])
     envs.close()
-    if capture_video:
-        video.close()
-    return np.concatenate(returns)
+    return np.array(returns)
 
 
-def resumed_args(args, saved, given):
-    """The saved flags, but those named in given (None: all that are not at their default) from args."""
-    free = "total_timesteps device num_threads track wandb_project_name wandb_entity save_every resume"
-    free += " eval_episodes deterministic capture_video"
-    if given is None:
-        given = [f.name for f in dataclasses.fields(args) if getattr(args, f.name) != f.default]
-    for name in given:
-        same = name in free.split() or getattr(args, name) == saved[name]
-        require(same, f"--{name.replace('_', '-')} was {saved[name]}: --resume cannot change it")
-    return Args(**saved | {name: getattr(args, name) for name in given})
+def train(args, merged=False, received=()):
+    """Train; returns a dict: episodic_return (mean of the last 100 raw ones), global_step, run_dir, agent.
 
-
-def train(args, given=None, received=()):
-    """Train; return a dict of episodic_return (the mean of the last 100 raw returns), global_step, run_dir, agent.
-
-    given: with args.resume, the names of flags that override the saved ones (None: those not at their default).
-    received: the signals that main has caught; the run ends after the iteration in which one arrives.
-    UsageError (a ValueError) for bad input, before anything is written; FloatingPointError for a loss of nan or inf.
+    With args.resume, flags not at their defaults (merged: not at the saved values) override the saved ones. A
+    signal in received ends the run after the iteration. Raises UsageError (a ValueError) for bad input before
+    anything is written, FloatingPointError for a non-finite loss.
     """
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    checkpoint, first_iteration, run_dir = None, 1, Path(args.run_dir or f"runs/{name.replace('/', '-')}")
+    saved, first_iteration = None, 1
     if args.resume:
-        checkpoint = load_checkpoint(args.resume)
-        args, run_dir = resumed_args(args, checkpoint["args"], given), checkpoint["run_dir"]
-        first_iteration = checkpoint["iteration"] + 1
+        saved = load_checkpoint(args.resume)
+        first_iteration, old = saved["iteration"] + 1, saved["args"]
+        default = old if merged else vars(Args())
+        new = {name: value for name, value in vars(args).items() if value != default[name]}
+        free = "total_timesteps save_every resume device num_threads track eval_episodes deterministic"
+        for k in new.keys() - {*free.split(), "capture_video"}:
+            require(new[k] == old[k], f"--{k.replace('_', '-')} {new[k]}: --resume goes on with {old[k]}")
+        args = Args(**old | new)
     check_args(args)
-    T, N = args.num_steps, args.num_envs
-    batch_size, num_iterations = T * N, args.total_timesteps // (T * N)
-    global_step = start_step = (first_iteration - 1) * batch_size
-    todo = first_iteration <= num_iterations
-    require(todo, f"--resume {args.resume} is done at step {global_step}: raise --total-timesteps")
-    free = checkpoint or not (run_dir / "checkpoint.pt").exists()
-    require(free, f"--run-dir {run_dir} holds a checkpoint: name another one, or --resume {run_dir}")
+    T, N, B = args.num_steps, args.num_envs, args.num_steps * args.num_envs
+    num_iterations, global_step = args.total_timesteps // B, (first_iteration - 1) * B
+    require(first_iteration <= num_iterations, f"--total-timesteps: use at least {global_step + B}")
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}".replace("/", "-")
+    run_dir = saved["run_dir"] if saved else Path(args.run_dir or f"runs/{name}")
+    new = saved or not (run_dir / "checkpoint.pt").exists()
+    require(new, f"--run-dir {run_dir} holds a checkpoint: name another one, or --resume {run_dir}")
     device = torch.device("cpu" if args.device == "auto" else args.device)
-    to_device = functools.partial(torch.as_tensor, device=device)
-
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
+    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
+        set_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     envs = make_envs(args, N)
     agent = Agent(envs.single_observation_space.shape, int(envs.single_action_space.n), args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
-    if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    # the seed moves with the step, so that a resumed run does not play the start of the first one again
-    next_obs = to_device(envs.reset(seed=args.seed + global_step)[0])
-    next_obs = agent.normalize(next_obs, update=not checkpoint)  # (N, *obs_shape)
-    action, *_ = agent.get_action_and_value(next_obs)  # only for the shape and dtype of actions
-    if checkpoint:  # the last to be restored: what stands above draws from the generators
-        generator, keys, *position = checkpoint["numpy_rng"]
-        np.random.set_state((generator, keys.numpy(), *position))
-        random.setstate(checkpoint["python_rng"])
-        torch.set_rng_state(checkpoint["torch_rng"])
-        torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
-
+    # the seed moves with the step: a resumed run must not play the start of the first one again
+    next_obs = torch.as_tensor(envs.reset(seed=args.seed + global_step)[0], device=device)
+    action, *_ = agent.get_action_and_value(agent.normalize(next_obs))  # for its shape and dtype
+    if saved:
+        agent.load_state_dict(saved["agent"])
+        optimizer.load_state_dict(saved["optimizer"])
+        random.setstate(saved["python_rng"])
+        np.random.set_state(saved["numpy_rng"])
+        torch.set_rng_state(saved["torch_rng"])
+        torch.cuda.set_rng_state_all(saved["cuda_rng"])
+    next_obs = agent.normalize(next_obs, update=not saved)  # (N, *obs_shape)
     obs, actions = (torch.zeros((T, *x.shape), dtype=x.dtype, device=device) for x in (next_obs, action))
     logprobs, values = torch.zeros((2, T, N), device=device)
-    rewards, dones = np.zeros((2, T, N), np.float32)  # filled on the CPU, moved once per iteration
+    rollout = np.zeros((2, T, N), np.float32)  # rewards and dones, moved to the device once per iteration
 
-    run_dir.mkdir(parents=True, exist_ok=True)
     if args.track:
-        import wandb
-
-        where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
-        wandb.init(**where, config=vars(args), sync_tensorboard=True)
-    total_steps = num_iterations * batch_size
-    print(f"{run_dir}: {num_iterations} iterations of {T} x {N} steps on {device}, {total_steps:,} in all")
-    bar = tqdm(total=total_steps, initial=global_step, unit="step", unit_scale=True)
-    with bar, SummaryWriter(run_dir, purge_step=global_step + 1 if checkpoint else None) as writer:
-        flags = [f"|{name}|{value}|" for name, value in vars(args).items()]
-        writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *flags]))
-        start_time = time.time()
+        wandb = importlib.import_module("wandb")
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
+        wandb.init(**names, config=vars(args), sync_tensorboard=True)
+    print(f"{run_dir}: {num_iterations} iterations of {B} steps = {num_iterations * B:,} on {device}")
+    bar = tqdm(total=num_iterations * B, initial=global_step, unit="step", unit_scale=True)
+    with bar, SummaryWriter(run_dir, purge_step=global_step + 1 if saved else None) as writer:
+        writer.add_text("hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
+        start_step, start_time, episodic_return = global_step, time.time(), math.nan
         for iteration in range(first_iteration, num_iterations + 1):
             # --- 1. learning rate: from learning_rate down to learning_rate / num_iterations [core 4] ---
             if args.anneal_lr:
@@ -409,29 +341,30 @@ def train(args, given=None, received=()):
                     obs[step] = next_obs
                     action, logprobs[step], _, values[step] = agent.get_action_and_value(next_obs)
                     actions[step] = action
-                    next_obs, rewards[step], terminated, truncated, infos = envs.step(action.cpu().numpy())
-                    dones[step] = terminated | truncated
+                    next_obs, rollout[0, step], terminated, truncated, infos = envs.step(action.cpu().numpy())
+                    rollout[1, step] = terminated | truncated
                     cut = truncated & ~terminated
                     if cut.any():  # [ours 1] time ran out, the task went on: add what V expects of the rest
-                        final_obs = agent.normalize(to_device(np.stack(infos["final_obs"][cut])))
-                        rewards[step, cut] += args.gamma * agent.get_value(final_obs).cpu().numpy()
-                    next_obs = agent.normalize(to_device(next_obs), update=True)
+                        final_obs = torch.as_tensor(np.stack(infos["final_obs"][cut]), device=device)
+                        final_value = agent.get_value(agent.normalize(final_obs))  # one per truncated episode
+                        rollout[0, step, cut] += args.gamma * final_value.cpu().numpy()
+                    next_obs = agent.normalize(torch.as_tensor(next_obs, device=device), update=True)
                 next_value = agent.get_value(next_obs)  # (N,)
-            global_step += batch_size
+            global_step += B
 
             # --- 3. advantages ---
-            rollout = to_device(rewards), values, to_device(dones), next_value
-            advantages, returns = compute_gae(*rollout, args.gamma, args.gae_lambda)
+            rewards, dones = torch.as_tensor(rollout, device=device)  # (T, N) each
+            advantages, returns = compute_gae(rewards, values, dones, next_value, args.gamma, args.gae_lambda)
 
             # --- 4. update: every epoch visits the batch in a new order, in equal minibatches [core 6] ---
             update_time = time.time()
-            b_obs, b_actions = obs.view(batch_size, -1), actions.flatten(0, 1)  # (B, ...)
+            b_obs, b_actions = obs.view(B, -1), actions.flatten(0, 1)  # (B, ...)
             b_others = [x.flatten() for x in (logprobs, advantages, returns, values)]  # (B,) each
-            order = torch.cat([torch.randperm(batch_size, device=device) for _ in range(args.update_epochs)])
+            order = torch.cat([torch.randperm(B, device=device) for _ in range(args.update_epochs)])
             updates = []
-            for mb_inds in order.view(-1, batch_size // args.num_minibatches):  # (M,)
-                # copies whole rows: for frames 40 times faster than b_obs[mb_inds]
-                mb_obs = b_obs.index_select(0, mb_inds).view(-1, *agent.shapes[0])
+            for mb_inds in order.view(-1, B // args.num_minibatches):  # (M,)
+                # of frames, index_select copies whole rows: much faster than b_obs[mb_inds]
+                mb_obs = b_obs.index_select(0, mb_inds).view(-1, *obs.shape[2:])
                 _, newlogprob, entropy, newvalue = agent.get_action_and_value(mb_obs, b_actions[mb_inds])
                 loss, stats = ppo_loss(newlogprob, entropy, newvalue, *(x[mb_inds] for x in b_others), args)
                 # [ours 3] before this step goes too far; never in the first minibatch, whose KL is 0
@@ -444,35 +377,29 @@ def train(args, given=None, received=()):
                 optimizer.step()
                 updates.append(stats)
 
-            # --- 5. diagnostics: nothing below changes the algorithm ---
-            means = {key: torch.stack([u[key] for u in updates]).mean().item() for key in stats}  # [ours 4]
+            # --- 5. diagnostics, means over all minibatches [ours 4]: nothing below changes the algorithm ---
+            means = {key: torch.stack([u[key] for u in updates]).mean().item() for key in updates[0]}
             if not all(map(math.isfinite, means.values())):  # [ours 5] before such weights are saved
                 suspects = {"observations": obs.sum(), "rewards": rewards.sum(), **means}
                 bad = ", ".join(key for key, x in suspects.items() if not math.isfinite(x))
-                fix = "look at --env-id if observations or rewards are named, else lower --learning-rate"
-                raise FloatingPointError(f"{bad} not finite: {fix}; {run_dir} keeps its last good checkpoint")
+                fix = "if observations or rewards, it is --env-id, else lower --learning-rate"
+                raise FloatingPointError(f"not finite: {bad}; {fix}. The last checkpoint is good: {run_dir}")
             if iteration % args.save_every == 0 or iteration == num_iterations or received:
                 save_checkpoint(run_dir / "checkpoint.pt", agent, optimizer, envs, args, iteration)
             now = time.time()
-            metrics = {
-                "charts/learning_rate": optimizer.param_groups[0]["lr"],
-                "charts/SPS": (global_step - start_step) / (now - start_time),
-                "charts/SPS_rollout": batch_size / (update_time - rollout_time),
-                "charts/SPS_update": batch_size / (now - update_time),
-                "losses/policy_loss": means.pop("pg_loss"),
-                "losses/value_loss": means.pop("v_loss"),
-                **{f"losses/{key}": value for key, value in means.items()},
-                "losses/explained_variance": explained_variance(values, returns),
-                "losses/updates": len(updates),
-            }
-            if envs.return_queue:  # raw returns and lengths of the last up to 100 episodes
-                metrics["charts/episodic_return"] = np.mean(envs.return_queue)
-                metrics["charts/episodic_length"] = np.mean(envs.length_queue)
-            for key, value in metrics.items():
-                writer.add_scalar(key, value, global_step)
-            episodic_return = float(metrics.get("charts/episodic_return", math.nan))
+            charts = {"learning_rate": optimizer.param_groups[0]["lr"], "updates": len(updates)}
+            charts["SPS"] = (global_step - start_step) / (now - start_time)
+            charts |= {"SPS_rollout": B / (update_time - rollout_time), "SPS_update": B / (now - update_time)}
+            if envs.return_queue:  # raw, of the last up to 100 episodes
+                charts["episodic_return"] = episodic_return = float(np.mean(envs.return_queue))
+                charts["episodic_length"] = np.mean(envs.length_queue)
+            losses = {"policy_loss": means.pop("pg_loss"), "value_loss": means.pop("v_loss"), **means}
+            losses["explained_variance"] = explained_variance(values, returns)
+            for group, metrics in ("charts", charts), ("losses", losses):
+                for key, value in metrics.items():
+                    writer.add_scalar(f"{group}/{key}", value, global_step)
             bar.set_postfix_str(f"return {episodic_return:.1f}", refresh=False)
-            bar.update(batch_size)
+            bar.update(B)
             if received:
                 break
     envs.close()
@@ -481,42 +408,35 @@ def train(args, given=None, received=()):
 
 def main():
     """Train and evaluate, or only --evaluate; end with the commands to type next."""
-    args, given, received = tyro.cli(Args), None, []
-
-    def on_signal(signum, frame):
-        received.append(signum)
-        signal.signal(signum, signal.SIG_DFL)  # the first ends the iteration, a second one the process
-
+    args, merged, received = tyro.cli(Args), False, []
+    script, stops = f"python {sys.argv[0]}", (signal.SIGINT, signal.SIGTERM)
     try:
         if args.resume:  # parse again with the saved flags as defaults: only what was typed overrides them
-            saved = load_checkpoint(args.resume)["args"]
-            args = tyro.cli(Args, default=Args(**saved))
-            given = [name for name in saved if getattr(args, name) != saved[name]]
-        check_args(args)
-        if args.num_threads:
+            args, merged = tyro.cli(Args, default=Args(**load_checkpoint(args.resume)["args"])), True
+        if args.num_threads > 0:
             torch.set_num_threads(args.num_threads)
-        script, checkpoint = f"python {sys.argv[0]}", args.evaluate
-        if not args.evaluate:
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(signum, on_signal)
-            result = train(args, given, received)
+        checkpoint = args.evaluate
+        if not checkpoint:
+            for stop in stops:  # the first one ends the iteration, a second one the process
+                signal.signal(stop, lambda s, _: (received.append(s), signal.signal(s, signal.SIG_DFL)))
+            result = train(args, merged, received)
             checkpoint = result["run_dir"] / "checkpoint.pt"
             print(f"{result['episodic_return']:.1f}: mean of the last 100 training returns, {checkpoint}")
             if received:
-                print(f"stopped by {signal.Signals(received[0]).name}; go on: {script} --resume {checkpoint}")
+                print(f"stopped by signal {received[0]}, go on with: {script} --resume {checkpoint}")
                 sys.exit(128 + received[0])
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            for stop in stops:
+                signal.signal(stop, signal.SIG_DFL)
         if args.evaluate or args.eval_episodes:
-            kind, seed = "deterministic" if args.deterministic else "sampled", 1_000_000 + args.seed
-            returns = evaluate(checkpoint, args.eval_episodes, args.deterministic, seed, args.capture_video)
+            how = args.deterministic, 1_000_000 + args.seed, args.capture_video
+            returns = evaluate(checkpoint, args.eval_episodes, *how)
             means = np.random.default_rng(0).choice(returns, (10_000, len(returns))).mean(1)  # bootstrap
             low, high = np.percentile(means, [2.5, 97.5])
-            print(
-                f"{returns.mean():.1f}: mean of {len(returns)} {kind} episodes, 95 % {low:.1f} to {high:.1f}"
-            )
+            kind = f"{len(returns)} {'deterministic' if args.deterministic else 'sampled'} episodes"
+            print(f"{returns.mean():.1f}: mean return of {kind}, 95 % interval {low:.1f} to {high:.1f}")
         print(f"evaluate it: {script} --evaluate {checkpoint} --eval-episodes 100 --capture-video")
         print(f"train on:    {script} --resume {checkpoint} --total-timesteps {2 * args.total_timesteps}")
-        print(f"look at it:  tensorboard --logdir {Path(checkpoint).parent}  (videos/ there holds the mp4)")
+        print(f"look at it:  tensorboard --logdir {Path(checkpoint).parent} (and videos/ in there)")
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

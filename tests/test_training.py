@@ -1,0 +1,877 @@
+"""What goes into and comes out of the training loop: bugs that PPO code is known for, promises about runs."""
+
+# Tests number the bugs B1 to B43: test_b01_... fails where bug 1 is present. B5 to B7, B9, B10, B12 to B15,
+# B17, B24, B25, B32, B35, B41 and B42, of functions, networks and evaluation, are tested in other files.
+# A bug is tested on every script, but for these:
+#
+# discrete    B12, B13           an action has one component
+#             B25, B26           no frames, no lives
+#             B27                rewards are neither clipped nor scaled
+#             B30, B32, B33, B34 nothing is normalised: B29, B31 test weights and stored observations
+# continuous  B25, B26           no frames, no lives
+# atari       B12, B13           an action has one component
+#             B30, B32, B33, B34 as for discrete
+#             B43                its CNN does not learn a small task in seconds
+#             not finite input   frames and rewards are integers: only a loss can be not finite
+#
+# B39 leaves out environments that overwrite their final observation while they reset: gymnasium forbids that.
+
+import dataclasses
+import functools
+import inspect
+import itertools
+import math
+import random
+from collections import defaultdict
+from types import SimpleNamespace
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import pytest
+import stub_envs
+import torch
+from stub_envs import ids
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+REAL = {"ppo_discrete": "CartPole-v1", "ppo_continuous": "Pendulum-v1", "ppo_atari": "BreakoutNoFrameskip-v4"}
+STUBS = {"ppo_discrete": "stub_envs:{}-v0", "ppo_continuous": "stub_envs:{}Box-v0", "ppo_atari": "pong"}
+GAMES = stub_envs.STORIES | {"Stateless": None}
+
+
+def is_continuous(script):
+    return script.__name__ == "ppo_continuous"
+
+
+def normalised(script):
+    """The flags that a test of normalisation adds to those of `train`."""
+    return {"norm_obs": True, "norm_reward": True} if is_continuous(script) else {}
+
+
+@pytest.fixture
+def train(monkeypatch):
+    """train(script, environment, iterations, **flags): small, on the named stub or on a real environment.
+
+    What the continuous script normalises stays raw unless a flag says otherwise: numbers can be predicted.
+    """
+    numbers = itertools.count()
+
+    def start(script, env, iterations=1, received=(), **flags):
+        if env in stub_envs.STUBS:
+            if script.__name__ == "ppo_atari":
+                kind = type("Game", (stub_envs.FakeAtari,), {"story": GAMES[env]})
+                monkeypatch.setattr(ale_py, "AtariVectorEnv", kind)
+            env = STUBS[script.__name__].format(env)
+        raw = {"norm_obs": False, "norm_reward": False} if is_continuous(script) else {}
+        sizes = dict(
+            num_envs=2, num_steps=8, num_minibatches=2, update_epochs=2, run_dir=f"run{next(numbers)}"
+        )
+        flags = sizes | raw | flags
+        total = iterations * flags["num_envs"] * flags["num_steps"]
+        args = script.Args(**{"env_id": env, "total_timesteps": total} | flags)
+        return script.train(args, received=received)
+
+    return start
+
+
+def resume(script, result, **flags):
+    """Go on with the flags of the first run, but those given."""
+    return script.train(script.Args(resume=str(result["run_dir"]), **flags))
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """watch(script): records of what its functions receive and return, by the name of the argument."""
+    hooks = []
+
+    def copy(x):
+        return x.detach().clone() if isinstance(x, torch.Tensor) else x
+
+    def start(script):
+        seen = SimpleNamespace(gae=[], loss=[], acted=[], updated=[], steps=[])
+
+        def spy(owner, name, record):
+            real = getattr(owner, name)
+
+            @functools.wraps(real)
+            def spied(*args, **kwargs):
+                call = inspect.signature(real).bind(*args, **kwargs)
+                call.apply_defaults()
+                arguments = {key: copy(x) for key, x in call.arguments.items()}
+                output = real(*args, **kwargs)
+                record(arguments, output)
+                return output
+
+            monkeypatch.setattr(owner, name, spied)
+
+        def on_policy(arguments, output):
+            (seen.acted if arguments["action"] is None else seen.updated).append(arguments["obs"])
+
+        def on_loss(arguments, output):
+            grads = {key: x.requires_grad for key, x in arguments.items() if isinstance(x, torch.Tensor)}
+            seen.loss.append(SimpleNamespace(**arguments, grads=grads, stats=dict(output[1])))
+
+        def on_gae(arguments, output):
+            seen.gae.append(SimpleNamespace(**arguments, advantages=copy(output[0]), returns=copy(output[1])))
+
+        def on_step(optimizer, args, kwargs):
+            group = optimizer.param_groups[0]
+            grads = [p.grad.clone() for p in group["params"] if p.grad is not None]
+            seen.steps.append(SimpleNamespace(lr=float(group["lr"]), eps=group["eps"], grads=grads))
+
+        def after_step(optimizer, args, kwargs):
+            seen.steps[-1].params = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
+
+        spy(script, "compute_gae", on_gae)
+        spy(script, "ppo_loss", on_loss)
+        spy(script.Agent, "get_action_and_value", on_policy)
+        hooks.append(register_optimizer_step_pre_hook(on_step))
+        hooks.append(register_optimizer_step_post_hook(after_step))
+        return seen
+
+    yield start
+    for hook in hooks:
+        hook.remove()
+
+
+def scalars(result):
+    """All that TensorBoard would show: {name: [value of each iteration]}."""
+    events = EventAccumulator(str(result["run_dir"]), size_guidance={"scalars": 0})
+    events.Reload()
+    return {name: [x.value for x in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def state(agent):
+    return {key: x.clone() for key, x in agent.state_dict().items()}
+
+
+def plain(x):
+    """The same with lists in place of tensors, so that == compares everything."""
+    if isinstance(x, dict):
+        return {key: plain(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [plain(value) for value in x]
+    return x.tolist() if isinstance(x, torch.Tensor) else x
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def set_value(monkeypatch, script, final=0.0, first=0.0, other=0.0, last_step=3):
+    """A critic by hand: V of final observations, of the first ones of later episodes, of all others."""
+
+    def value(self, obs):
+        step, episode, _ = ids(obs).T
+        v = np.where(step == last_step, final, np.where((step == 0) & (episode > 0), first, other))
+        return torch.as_tensor(v, dtype=torch.float32)
+
+    monkeypatch.setattr(script.Agent, "get_value", value)
+
+
+# --- rollout: rows, ends of episodes, bootstrapping ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("story", ["Count", "CountTruncated"])
+def test_b01_no_row_belongs_to_a_reset(script, train, watch, story):
+    seen = watch(script)
+    train(script, story, num_steps=9, gamma=0.0)
+    gae = seen.gae[0]
+    assert torch.equal(gae.dones.float(), torch.tensor([0.0, 0, 1]).repeat(3)[:, None].expand(9, 2))
+    assert gae.rewards.min() > 0  # the row of a NEXT_STEP reset has reward 0
+    rows = ids(torch.cat(seen.updated[:2]))
+    expected = [(step, episode, tag) for tag in (1, 2) for episode in range(3) for step in range(3)]
+    assert sorted(map(tuple, rows)) == sorted(expected)  # each step acted on once, final observations never
+
+
+@pytest.mark.parametrize(
+    ("story", "limit", "reward"),
+    [
+        ("CountTruncated", 0, 10.0),
+        ("CountEndless", 3, 10.0),
+        ("Count", 0, 1.0),
+        ("CountBoth", 0, 1.0),
+        ("Count", 3, 1.0),
+    ],
+)
+def test_b02_truncation_bootstraps_and_termination_does_not(
+    script, train, watch, monkeypatch, story, limit, reward
+):
+    """1 + 0.9 * V(final) = 10 by the environment's limit or --max-episode-steps; 1 where both ends meet."""
+    seen = watch(script)
+    set_value(monkeypatch, script, final=10.0)
+    train(script, story, gamma=0.9, num_steps=6, max_episode_steps=limit)
+    gae = seen.gae[0]
+    expected = torch.tensor([1, 1, reward, 1, 1, reward])[:, None].expand(6, 2)
+    torch.testing.assert_close(gae.rewards.float(), expected)
+    assert gae.dones.sum() == 4
+
+
+def test_b03_bootstraps_from_the_final_observation_not_from_the_reset_one(script, train, watch, monkeypatch):
+    seen = watch(script)
+    set_value(monkeypatch, script, final=10.0, first=100.0)
+    train(script, "CountTruncated", gamma=0.9, num_steps=3)
+    assert seen.gae[0].rewards[2].tolist() == pytest.approx([10.0, 10.0])
+
+
+def test_b03_final_frames_of_a_real_game(atari, train, watch, monkeypatch):
+    """A second emulator that waits for the next step with the reset still shows the final frames."""
+    valued, sent = [], []
+    value, step = atari.Agent.get_value, ale_py.AtariVectorEnv.step
+    monkeypatch.setattr(
+        atari.Agent, "get_value", lambda self, obs: (valued.append(obs.clone()), value(self, obs))[1]
+    )
+    monkeypatch.setattr(
+        ale_py.AtariVectorEnv, "step", lambda self, a: (sent.append(a.copy()), step(self, a))[1]
+    )
+    train(atari, REAL["ppo_atari"], num_steps=5, max_episode_steps=5, seed=3)
+    envs = ale_py.AtariVectorEnv("breakout", 2, max_num_frames_per_episode=4 * 5)
+    envs.reset(seed=3)
+    for actions in sent[:5]:
+        frames, *_ = step(envs, actions)
+    assert torch.equal(valued[0], torch.as_tensor(frames))
+    assert not torch.equal(valued[0], valued[1])  # the last one is of the new game
+
+
+def test_b04_bootstraps_from_the_observation_after_the_action(script, train, watch, monkeypatch):
+    seen = watch(script)
+    set_value(monkeypatch, script, final=10.0, other=7.0)
+    train(script, "CountTruncated", gamma=0.9, num_steps=3)
+    assert seen.gae[0].rewards[2].tolist() == pytest.approx([10.0, 10.0])
+
+
+@pytest.mark.parametrize(
+    ("story", "steps", "last_reward", "done"),
+    [("Count", 3, 1, 1), ("CountTruncated", 3, 10, 1), ("CountTruncated", 4, 1, 0)],
+)
+def test_b08_last_row(script, train, watch, monkeypatch, story, steps, last_reward, done):
+    """A rollout that ends with a termination, with a truncation and within an episode."""
+    seen = watch(script)
+    set_value(monkeypatch, script, final=10.0, first=100.0, other=7.0)
+    train(script, story, gamma=0.9, gae_lambda=0.8, num_steps=steps)
+    gae = seen.gae[0]
+    assert gae.rewards[-1].tolist() == pytest.approx([last_reward] * 2)
+    assert gae.dones[-1].tolist() == [done] * 2
+    assert gae.next_value.tolist() == [100.0 if done else 7.0] * 2
+    advantage = last_reward + (0 if done else 0.9 * 7.0) - gae.values[-1]
+    torch.testing.assert_close(gae.advantages[-1], advantage)
+
+
+# --- update: what the loss receives -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("env", ["Count", "real"])
+def test_b11_ratio_is_1_before_any_step(script, train, watch, env):
+    """With a learning rate of 0, every row keeps the log-probability and the value of the rollout."""
+    seen = watch(script)
+    env = REAL[script.__name__] if env == "real" else env
+    result = train(script, env, 2, learning_rate=0.0, **normalised(script))
+    for call in seen.loss:
+        torch.testing.assert_close(call.newlogprob, call.logprobs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(call.newvalue, call.values, rtol=1e-5, atol=1e-5)
+    assert sum(len(call.logprobs) for call in seen.loss) == 2 * 2 * 16
+    logged = scalars(result)
+    assert max(map(abs, logged["losses/approx_kl"])) < 1e-6
+    assert logged["losses/clipfrac"] == [0.0, 0.0]
+
+
+def test_b16_advantages_are_normalised_per_minibatch_and_returns_never(script, train, watch):
+    seen, loss = watch(script), script.ppo_loss
+    train(script, "Ids", 2)
+    everything = torch.cat([call.returns for call in seen.loss[:2]]).sort().values
+    torch.testing.assert_close(everything, seen.gae[0].returns.flatten().sort().values, rtol=0, atol=0)
+    for call in list(seen.loss):
+        assert (
+            call.advantages + call.values - call.returns
+        ).abs().max() < 1e-5  # not yet normalised by whoever calls
+        logprob = call.logprobs.clone().requires_grad_()
+        total, _ = loss(
+            logprob,
+            call.entropy,
+            call.newvalue,
+            call.logprobs,
+            call.advantages,
+            call.returns,
+            call.values,
+            call.args,
+        )
+        (grad,) = torch.autograd.grad(total, logprob)
+        weights = -grad * len(grad)  # at ratio 1 the normalised advantages themselves
+        assert weights.mean().abs() < 1e-5
+        assert weights.std().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_b18_epochs_reuse_the_same_targets(script, train, watch):
+    seen = watch(script)
+    train(script, "Ids", update_epochs=3, learning_rate=0.01)
+    epochs = []
+    for calls in zip(seen.loss[::2], seen.loss[1::2], strict=True):
+        names = ("logprobs", "advantages", "returns", "values")
+        assert not any(call.grads[name] for call in calls for name in names)
+        rows = torch.stack([torch.cat([getattr(call, name) for call in calls]) for name in names], 1)
+        epochs.append(sorted(map(tuple, rows.tolist())))
+    assert len(epochs) == 3 and epochs[0] == epochs[1] == epochs[2]
+
+
+def test_b19_every_epoch_visits_every_row_once_in_a_new_order(script, train, watch):
+    seen = watch(script)
+    train(script, "Ids", update_epochs=3)
+    epochs = [
+        list(map(tuple, ids(torch.cat(pair))))
+        for pair in zip(seen.updated[::2], seen.updated[1::2], strict=True)
+    ]
+    assert all(sorted(epoch) == [(step, 0, tag) for step in range(8) for tag in (1, 2)] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert (
+        len({frozenset(epoch[:8]) for epoch in epochs}) == 3
+    )  # other minibatches, not only another order of them
+
+
+def test_b20_observations_and_rewards_are_flattened_alike(script, train, watch):
+    """With gamma 0 the return is the reward, and the reward of a row follows from its observation."""
+    seen = watch(script)
+    train(script, "Ids", 2, num_envs=3, gamma=0.0)
+    assert len(seen.updated) == len(seen.loss) == 8
+    for obs, call in zip(seen.updated, seen.loss, strict=True):
+        step, _, tag = ids(obs).T
+        assert call.returns.tolist() == pytest.approx(stub_envs.reward_of(step, tag).tolist(), abs=1e-5)
+
+
+def test_b21_learning_rate_falls_to_one_step_above_zero(script, train, watch):
+    seen = watch(script)
+    result = train(script, "Ids", 4, learning_rate=0.4)
+    rates = [step.lr for step in seen.steps]
+    assert len(rates) == 16
+    assert rates[::4] == pytest.approx([0.4, 0.3, 0.2, 0.1]) == rates[3::4]
+    assert scalars(result)["charts/learning_rate"] == pytest.approx([0.4, 0.3, 0.2, 0.1])
+
+
+def test_b21_learning_rate_continues_on_resume(script, train, watch):
+    result = train(script, "Ids", 4, received=[2], learning_rate=0.4)  # a signal: ends after iteration 1
+    seen = watch(script)
+    resume(script, result)
+    assert [step.lr for step in seen.steps[::4]] == pytest.approx([0.3, 0.2, 0.1])
+
+
+def test_no_anneal_lr(script, train, watch):
+    seen = watch(script)
+    train(script, "Ids", 2, learning_rate=0.4, anneal_lr=False)
+    assert {step.lr for step in seen.steps} == {0.4}
+
+
+@pytest.mark.parametrize("limit", [1e-3, 0.0])
+def test_b22_clips_the_norm_of_the_whole_gradient(script, train, watch, limit):
+    """0 switches it off; the logged norm is the one before clipping."""
+    seen = watch(script)
+    result = train(script, "Ids", max_grad_norm=limit, learning_rate=1e-6)
+    norms = [torch.stack([g.norm() for g in step.grads]).norm().item() for step in seen.steps]
+    logged = scalars(result)["losses/grad_norm"][0]
+    assert len(norms) == 4 and logged > 0.02
+    assert (
+        norms == pytest.approx([limit] * 4, rel=1e-3)
+        if limit
+        else np.mean(norms) == pytest.approx(logged, rel=1e-5)
+    )
+
+
+def test_b22_adam_epsilon(script, train, watch):
+    seen = watch(script)
+    train(script, "Ids")
+    assert {step.eps for step in seen.steps} == {1e-5}
+
+
+def test_b22_gradients_do_not_add_up(script, train, watch):
+    """One minibatch per epoch and a learning rate of 0: each epoch has the gradient of the first."""
+    seen = watch(script)
+    train(script, "Ids", num_minibatches=1, update_epochs=3, learning_rate=0.0, max_grad_norm=0.0)
+    first, *others = [step.grads for step in seen.steps]
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=1e-3, atol=1e-5)
+    assert len(others) == 2 and max(g.abs().max() for g in first) > 1e-3
+
+
+def test_b23_target_kl_stops_before_the_step_that_would_go_too_far(script, train, watch):
+    """The first step is huge: the second minibatch sees its KL and ends the whole update."""
+    seen = watch(script)
+    result = train(script, "Ids", 1, learning_rate=0.1, target_kl=1e-3, update_epochs=3)
+    assert seen.loss[1].stats["approx_kl"] > 1e-3
+    assert (len(seen.loss), len(seen.steps)) == (2, 1)
+    params = list(result["agent"].parameters())
+    assert all(torch.equal(a, b) for a, b in zip(params, seen.steps[0].params, strict=True))
+    logged = scalars(result)
+    assert logged["losses/updates"] == [1]
+    assert abs(logged["losses/approx_kl"][0]) < 1e-6  # of the minibatch that was used
+
+
+def test_b23_no_target_kl_no_stop(script, train, watch):
+    seen = watch(script)
+    result = train(script, "Ids", 1, learning_rate=0.1)
+    assert len(seen.steps) == 4 and scalars(result)["losses/updates"] == [4]
+
+
+def test_losses_are_means_over_all_minibatches(script, train, watch):
+    seen = watch(script)
+    logged = scalars(train(script, "Ids", 2, learning_rate=0.01))
+    names = dict(pg_loss="policy_loss", v_loss="value_loss")
+    assert len(seen.loss) == 8
+    for key in ("pg_loss", "v_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac"):
+        values = [[call.stats[key].item() for call in calls] for calls in (seen.loss[:4], seen.loss[4:])]
+        assert logged[f"losses/{names.get(key, key)}"] == pytest.approx(
+            np.mean(values, 1), rel=1e-4, abs=1e-6
+        )
+    assert logged["losses/value_loss"][0] != pytest.approx(seen.loss[3].stats["v_loss"].item(), rel=1e-4)
+
+
+# --- rewards and returns ------------------------------------------------------------------------------------
+
+
+def test_b26_lost_lives_end_returns_but_not_the_game(atari, train, watch):
+    seen = watch(atari)
+    result = train(atari, "Lives", num_steps=6)
+    gae = seen.gae[0]
+    assert gae.dones[:, 0].tolist() == [0, 1, 0, 1, 0, 1]
+    assert gae.rewards[:, 0].tolist() == [
+        1,
+        0,
+        1,
+        0,
+        1,
+        0,
+    ]  # nothing is bootstrapped: a lost life is a termination
+    rows = ids(torch.cat(seen.updated[:2]))
+    assert set(rows[:, 1]) == {0} and set(rows[:, 0]) == set(range(6))  # one game, never reset in between
+    logged = scalars(result)
+    assert logged["charts/episodic_return"] == [11.0] and logged["charts/episodic_length"] == [6.0]
+
+
+def test_b27_learns_from_signs_and_logs_raw_rewards(atari, train, watch):
+    seen = watch(atari)
+    result = train(atari, "Points")
+    assert set(seen.gae[0].rewards.flatten().tolist()) == {1.0}
+    assert result["episodic_return"] == 11.0 == scalars(result)["charts/episodic_return"][0]
+
+
+def test_b27_learns_from_scaled_rewards_and_logs_raw_ones(continuous, train, watch):
+    seen = watch(continuous)
+    result = train(continuous, "Points", **normalised(continuous))
+    assert not {4.0, 7.0} & set(seen.gae[0].rewards.flatten().tolist())
+    assert result["episodic_return"] == 11.0 == scalars(result)["charts/episodic_return"][0]
+
+
+def test_b28_returns_are_not_carried_over_a_truncation(script, train):
+    """Episodes of 2 and 3 steps with reward 1, the first truncated, the second terminated, and so on."""
+    result = train(script, "CountMixed", num_steps=10, num_envs=1)
+    assert result["episodic_return"] == 2.5
+    assert scalars(result)["charts/episodic_length"] == [2.5]
+
+
+@pytest.mark.parametrize("story", ["CountTruncated", "CountMinus"])
+def test_b33_reward_scale_is_the_std_of_the_discounted_return(continuous, story):
+    """gamma 1, truncated at 3: the accumulator goes 1, 2, 3, 1, 2, 3; sign kept, no mean, clipped to +-10."""
+    sign = -1 if story == "CountMinus" else 1
+    args = continuous.Args(env_id=f"stub_envs:{story}Box-v0", gamma=1.0)
+    envs = continuous.make_envs(args, 1)
+    envs.reset(seed=0)
+    rewards = [envs.step(np.zeros((1, 2), np.float32))[1][0] for _ in range(6)]
+    sums = [1, 2, 3, 1, 2, 3]
+    expected = [sign * min(1 / math.sqrt(np.var(sums[: t + 1]) + 1e-8), 10) for t in range(6)]
+    assert rewards == pytest.approx(expected)
+    assert rewards[0] == 10 * sign
+
+
+def test_b33_reward_scale_uses_gamma(continuous):
+    envs = continuous.make_envs(continuous.Args(env_id="stub_envs:CountTruncatedBox-v0", gamma=0.5), 1)
+    envs.reset(seed=0)
+    rewards = [envs.step(np.zeros((1, 2), np.float32))[1][0] for _ in range(4)]
+    assert rewards[3] == pytest.approx(1 / np.std([1, 1.5, 1.75, 1]))
+
+
+def test_b34_all_environments_share_the_reward_scale(continuous):
+    """Rewards of 10 and 100 in the two environments keep their proportion."""
+    envs = continuous.make_envs(continuous.Args(env_id="stub_envs:CountScaleBox-v0"), 2)
+    envs.reset(seed=1)
+    rewards = [envs.step(np.zeros((2, 2), np.float32))[1] for _ in range(6)]
+    sums = np.cumsum([0.99**t for t in range(6)])[:, None] * [10, 100]
+    assert rewards[-1] == pytest.approx([10 / np.std(sums), 100 / np.std(sums)])
+
+
+def test_b34_all_environments_share_the_observation_statistics(continuous, train, watch):
+    """Mean and variance are those of all rows of both environments, (2,) numbers each."""
+    result = train(continuous, "CountEndless", **normalised(continuous))
+    rows = np.array([(step, tag) for step in range(9) for tag in (1, 2)])
+    rms = result["agent"].obs_rms
+    np.testing.assert_allclose(rms.mean, rows.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(rms.var, rows.var(0), rtol=1e-9)
+
+
+def test_no_norm_flags_change_nothing(continuous, train, watch):
+    seen = watch(continuous)
+    agent = train(continuous, "Points", norm_obs=False, norm_reward=False)["agent"]
+    assert seen.gae[0].rewards[:, 0].tolist() == [4, 7] * 4
+    raw = torch.tensor([[3e5, -7e5]])
+    assert torch.equal(agent.normalize(raw, update=True), raw)
+    agent = train(continuous, "Points", norm_obs=True)["agent"]
+    assert agent.normalize(raw).abs().max() == 10
+
+
+def test_whole_real_games_are_counted_with_raw_rewards(atari, train, monkeypatch):
+    """Another emulator that receives the same actions after the same seed collects the same points."""
+    sent, step = [], ale_py.AtariVectorEnv.step
+    monkeypatch.setattr(
+        ale_py.AtariVectorEnv, "step", lambda self, a: (sent.append(a.copy()), step(self, a))[1]
+    )
+    flags = dict(num_steps=500, update_epochs=1, num_minibatches=8, seed=1)
+    result = train(atari, "SpaceInvadersNoFrameskip-v4", **flags)
+    envs = ale_py.AtariVectorEnv(
+        "space_invaders", 2, reward_clipping=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP
+    )
+    envs.reset(seed=1)
+    returns, points, lengths, start = [], np.zeros(2), [], np.zeros(2)
+    for t, actions in enumerate(sent, 1):
+        _, rewards, terminated, truncated, _ = step(envs, actions)
+        points += rewards
+        for i in np.flatnonzero(terminated | truncated):
+            returns.append(points[i])
+            lengths.append(t - start[i])
+            points[i], start[i] = 0, t
+    assert len(sent) == 500 and max(returns) > 50  # invaders are worth 5 to 30 points
+    assert result["episodic_return"] == np.mean(returns)
+    assert scalars(result)["charts/episodic_length"] == [np.mean(lengths)]
+
+
+# --- observations -------------------------------------------------------------------------------------------
+
+
+def raw_observations(script, agent):
+    """Five fixed raw observations that agent could meet."""
+    generator = torch.Generator().manual_seed(7)
+    if script.__name__ == "ppo_atari":
+        return torch.randint(0, 256, (5, 4, 84, 84), dtype=torch.uint8, generator=generator)
+    return torch.randn(5, *agent.shapes[0], generator=generator)
+
+
+def test_b29_saved_agent_acts_bit_for_bit_like_the_trained_one(script, train):
+    result = train(script, REAL[script.__name__], 2, **normalised(script))
+    trained, loaded = result["agent"], script.load_agent(result["run_dir"] / "checkpoint.pt")
+    raw = raw_observations(script, trained)
+    outputs = []
+    for agent in (trained, loaded):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            obs = agent.normalize(raw)
+            outputs.append(
+                [obs, *agent.get_action_and_value(obs), *agent.get_action_and_value(obs, deterministic=True)]
+            )
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+    if is_continuous(script):
+        assert not torch.equal(outputs[0][0], raw)  # the statistics are part of it
+
+
+def test_b29_statistics_count_every_row_once(continuous, train):
+    """The first one of each environment and one after each step; final ones of episodes are no rows."""
+    agent = train(continuous, "CountTruncated", 2, **normalised(continuous))["agent"]
+    assert agent.obs_rms.count == 2 * (1 + 2 * 8)
+
+
+def test_b29_evaluation_moves_no_statistics(script, train, monkeypatch):
+    result = train(script, REAL[script.__name__], max_episode_steps=50, **normalised(script))
+    agents, load, before = [], script.load_agent, (result["run_dir"] / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(script, "load_agent", lambda path: (agents.append(load(path)), agents[-1])[1])
+    script.evaluate(result["run_dir"] / "checkpoint.pt", 2)  # 2 x 50 steps
+    assert len(agents) == 1 and same(state(agents[0]), state(load(result["run_dir"])))
+    assert (result["run_dir"] / "checkpoint.pt").read_bytes() == before
+
+
+def test_b30_final_observations_are_normalised_like_all_others(continuous, train, monkeypatch):
+    seen, value = [], continuous.Agent.get_value
+
+    def spied(self, obs):
+        seen.append(
+            (obs.clone(), self.obs_rms.mean.clone(), self.obs_rms.var.clone(), self.obs_rms.count.item())
+        )
+        return value(self, obs)
+
+    monkeypatch.setattr(continuous.Agent, "get_value", spied)
+    train(continuous, "CountTruncated", num_envs=3, num_steps=6, **normalised(continuous))
+    raw = torch.tensor([[3.0, tag] for tag in (1, 2, 3)])  # the final observations of the first episodes
+    final = [
+        x for x in seen if x[3] == 9
+    ]  # with the statistics of 1 + 2 rows per environment, once acted, once valued
+    expected = (raw - final[0][1]) / torch.sqrt(final[0][2] + 1e-8)
+    assert len(final) == 2
+    torch.testing.assert_close(final[1][0], expected.float())
+
+
+def test_b31_the_update_sees_what_the_policy_saw(script, train, watch):
+    """Bit for bit, although the statistics have moved since."""
+    seen = watch(script)
+    train(script, REAL[script.__name__], **normalised(script))
+    acted, updated = torch.cat(seen.acted[-8:]).flatten(1), torch.cat(seen.updated[:2]).flatten(1)
+    assert sorted(map(tuple, acted.tolist())) == sorted(map(tuple, updated.tolist()))
+
+
+def test_b39_environment_that_reuses_its_array(script, train, watch, monkeypatch):
+    """It writes its next observation into the array that it has returned: stored ones stay as they were."""
+    seen = watch(script)
+    monkeypatch.setattr(stub_envs.FakeAtari, "in_place", True)
+    train(script, "CountEndless" if script.__name__ == "ppo_atari" else "InPlace")
+    rows = ids(torch.cat(seen.updated[:2]))
+    assert sorted(map(tuple, rows)) == [(step, 0, tag) for step in range(8) for tag in (1, 2)]
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_b40_actions_belong_to_the_space(discrete, continuous, train, vectorization):
+    """Stubs refuse others, in training and in evaluation; most samples of the policy leave the Box."""
+    for script in (discrete, continuous):
+        result = train(script, "Count", 2, vectorization=vectorization)
+        assert result["episodic_return"] == 3.0
+        assert script.evaluate(result["run_dir"], 3).tolist() == [3.0] * 3
+
+
+def test_b40_games_receive_valid_actions(atari, train):
+    result = train(atari, "Lives", 2)  # with lost lives, after which FIRE is pressed
+    assert atari.evaluate(result["run_dir"], 3).tolist() == [11.0] * 3
+
+
+VECTORS = {"Dict": 6, "DiscreteObs": 5, "Matrix": 6, "Float64": 3, "Integer": 3}
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_observations_become_float_vectors(discrete, continuous, train, watch, name):
+    for script in (discrete, continuous):
+        seen = watch(script)
+        agent = train(script, name)["agent"]
+        env = gym.make(STUBS[script.__name__].format(name)).unwrapped
+        rows = [gym.spaces.flatten(env.observation_space, env.reset(seed=seed)[0]) for seed in (1, 2)]
+        assert agent.shapes[0] == (VECTORS[name],)
+        assert seen.acted[0].dtype == torch.float32
+        torch.testing.assert_close(seen.acted[0], torch.as_tensor(np.stack(rows)).float())
+
+
+# --- seeds, resuming ----------------------------------------------------------------------------------------
+
+
+def test_b36_environments_and_episodes_differ(script, train, watch):
+    seen = watch(script)
+    train(script, REAL[script.__name__], num_envs=4, num_steps=10, max_episode_steps=5)
+    obs = torch.stack(seen.acted[-10:])  # (T, N, ...)
+    first, second = obs[0], obs[5]
+    assert seen.gae[0].dones[4].all()
+    assert len({row.numpy().tobytes() for row in first}) == 4
+    assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_b37_same_seed_same_run(script, train):
+    """3 iterations, bit for bit; another seed gives another run."""
+    flags = dict(iterations=3, max_episode_steps=6, **normalised(script))
+    a, b = (train(script, REAL[script.__name__], seed=5, **flags) for _ in range(2))
+    other = train(script, REAL[script.__name__], seed=6, **flags)
+    assert same(state(a["agent"]), state(b["agent"])) and a["episodic_return"] == b["episodic_return"]
+    kept = [key for key in scalars(a) if "SPS" not in key]
+    assert [scalars(a)[key] for key in kept] == [scalars(b)[key] for key in kept]
+    assert not same(state(a["agent"]), state(other["agent"]))
+
+
+def test_b38_resumed_run_is_the_uninterrupted_one(script, train, monkeypatch):
+    """4 iterations are 2 and 2 more, bit for bit, with all generators in use, statistics and annealing."""
+    received, gae, calls = [], script.compute_gae, itertools.count(1)
+
+    def interrupted(*args):
+        random.random(), np.random.random(), torch.rand(1)
+        if next(calls) == 6:  # the second iteration of the second run
+            received.append(2)  # as main does when a signal comes
+        return gae(*args)
+
+    monkeypatch.setattr(script, "compute_gae", interrupted)
+    whole = train(script, "Stateless", 4, **normalised(script))
+    half = train(script, "Stateless", 4, received=received, save_every=3, **normalised(script))
+    assert half["global_step"] == 32
+    resumed = resume(script, half)
+    assert resumed["global_step"] == 64 and resumed["run_dir"] == half["run_dir"]
+    files = [torch.load(x["run_dir"] / "checkpoint.pt", weights_only=True) for x in (whole, resumed)]
+    assert same(state(whole["agent"]), state(resumed["agent"]))
+    for key in files[0].keys() - {"args"}:  # optimiser, statistics, generators
+        assert plain(files[0][key]) == plain(files[1][key]), key
+
+
+def test_b38_more_steps_for_a_finished_run(script, train):
+    """Without annealing, 4 iterations are also 2 and, after --total-timesteps has grown, 2 more."""
+    whole = train(script, "Stateless", 4, anneal_lr=False, **normalised(script))
+    half = train(script, "Stateless", 2, anneal_lr=False, **normalised(script))
+    resumed = resume(script, half, total_timesteps=64)
+    assert same(state(whole["agent"]), state(resumed["agent"]))
+
+
+def test_b38_resumed_run_of_a_real_environment(script, train, watch):
+    """It goes on in the same files, and its environments do not play the start of the first run again."""
+    seen = watch(script)
+    half = train(script, REAL[script.__name__], 2, max_episode_steps=5, **normalised(script))
+    first = seen.acted[0]
+    seen.acted.clear()
+    resumed = resume(script, half, total_timesteps=64)
+    assert resumed["global_step"] == 64
+    assert seen.acted[0].shape == first.shape and not torch.equal(seen.acted[0], first)
+    logged = EventAccumulator(str(half["run_dir"]))
+    logged.Reload()
+    assert [x.step for x in logged.Scalars("losses/value_loss")] == [16, 32, 48, 64]
+    assert math.isfinite(resumed["episodic_return"])
+
+
+def test_b38_resumed_environments_get_new_seeds(script, train, watch):
+    """The stubs observe the seed that they were reset with."""
+    seen = watch(script)
+    half = train(script, "CountEndless", 2, seed=1)
+    resume(script, half, total_timesteps=64)
+    tags = [set(ids(obs)[:, 2]) for obs in (seen.acted[0], seen.acted[-1])]
+    assert tags[0] == {1, 2} and not tags[0] & tags[1]
+
+
+@pytest.mark.parametrize("name", ["discrete", "continuous"])
+def test_async_processes_give_the_same_run(name, train, request):
+    script = request.getfixturevalue(name)
+    flags = dict(iterations=2, max_episode_steps=6, **normalised(script))
+    a, b = (train(script, REAL[script.__name__], vectorization=kind, **flags) for kind in ("sync", "async"))
+    assert same(state(a["agent"]), state(b["agent"])) and a["episodic_return"] == b["episodic_return"]
+
+
+# --- what a run promises ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["NanReward", "InfReward", "NanObservation", "InfObservation"])
+@pytest.mark.parametrize("module", ["discrete", "continuous", "continuous normalised"])
+def test_not_finite_input_stops_the_run_at_once(module, name, train, watch, request):
+    """In the iteration in which it comes (the second), by its name; the checkpoint of the first stays."""
+    script = request.getfixturevalue(module.split()[0])
+    seen, flags = watch(script), normalised(script) if "normalised" in module else {}
+    with pytest.raises(FloatingPointError, match=name[3:].lower()):
+        train(script, name, 4, save_every=1, run_dir="run_x", **flags)
+    assert len(seen.gae) == 2
+    assert torch.load("run_x/checkpoint.pt", weights_only=True)["iteration"] == 1
+    assert all(x.isfinite().all() for x in script.load_agent("run_x").state_dict().values())
+
+
+def test_not_finite_loss_stops_the_run_at_once(script, train, monkeypatch):
+    """As after steps that were too long; the message names a loss, the last good checkpoint stays."""
+    calls, loss = itertools.count(1), script.ppo_loss
+
+    def broken(*args):
+        total, stats = loss(*args)
+        return (
+            (total, stats)
+            if next(calls) < 6
+            else (total * math.nan, stats | {"v_loss": stats["v_loss"] * math.nan})
+        )
+
+    monkeypatch.setattr(script, "ppo_loss", broken)
+    with pytest.raises(FloatingPointError, match="v_loss.*learning-rate"):
+        train(script, "Count", 4, save_every=1, run_dir="x")
+    assert torch.load("x/checkpoint.pt", weights_only=True)["iteration"] == 1
+    assert all(x.isfinite().all() for x in script.load_agent("x").state_dict().values())
+
+
+def test_total_timesteps_is_rounded_down_to_whole_iterations(script, train, watch, capsys):
+    seen = watch(script)
+    result = train(script, "Count", total_timesteps=47)
+    assert result["global_step"] == 32 and len(seen.gae) == 2
+    assert "32" in capsys.readouterr().out
+    assert torch.load(result["run_dir"] / "checkpoint.pt", weights_only=True)["global_step"] == 32
+
+
+def test_train_returns_return_step_directory_and_agent(script, train):
+    result = train(script, "Count")
+    assert {"episodic_return", "global_step", "run_dir", "agent"} <= result.keys()
+    assert result["episodic_return"] == 3.0 and result["global_step"] == 16
+    assert (result["run_dir"] / "checkpoint.pt").is_file() and isinstance(result["agent"], script.Agent)
+
+
+def test_episodic_return_is_nan_if_no_episode_ended(script, train):
+    result = train(script, "CountEndless")
+    assert math.isnan(result["episodic_return"])
+    assert "charts/episodic_return" not in scalars(result)
+
+
+def test_checkpoint_holds_tensors_and_plain_values_only(script, train):
+    result = train(script, "Count")
+    kinds = defaultdict(int)
+
+    def visit(x):
+        kinds[type(x).__name__] += 1
+        if isinstance(x, dict):
+            x = [*x.keys(), *x.values()]
+        if isinstance(x, list | tuple):
+            for item in x:
+                visit(item)
+
+    saved = torch.load(result["run_dir"] / "checkpoint.pt", weights_only=True)
+    visit(saved)
+    assert kinds.keys() <= {
+        "dict",
+        "OrderedDict",
+        "list",
+        "tuple",
+        "str",
+        "int",
+        "float",
+        "bool",
+        "NoneType",
+        "Tensor",
+    }
+    assert saved["iteration"] == 1 and saved["global_step"] == 16
+    assert saved["args"] == dataclasses.asdict(script.Args(**saved["args"]))
+
+
+def test_checkpoints_come_every_save_every_iterations_and_at_the_end(script, train, monkeypatch):
+    saved, save = [], script.save_checkpoint
+    monkeypatch.setattr(script, "save_checkpoint", lambda *a: (saved.append(a[-1]), save(*a)))
+    train(script, "Count", 5, save_every=2)
+    assert saved == [2, 4, 5]
+
+
+def test_scalars_have_the_names_of_cleanrl(script, train):
+    names = "charts/learning_rate charts/SPS charts/episodic_return charts/episodic_length losses/value_loss"
+    names += " losses/policy_loss losses/entropy losses/old_approx_kl losses/approx_kl losses/clipfrac"
+    assert {*names.split(), "losses/explained_variance"} <= scalars(
+        train(script, "Ids", max_episode_steps=4)
+    ).keys()
+
+
+# --- learning -----------------------------------------------------------------------------------------------
+
+PROBE = dict(num_envs=8, num_steps=16, num_minibatches=4, update_epochs=8, learning_rate=5e-3, gamma=0.5)
+
+
+@pytest.mark.parametrize("name", ["discrete", "continuous"])
+@pytest.mark.parametrize(
+    ("kind", "obs", "value"),
+    [("Constant", [0], [1]), ("Obs", [-1, 1], [-1, 1]), ("Delay", [0, 1], [0.5, 1])],
+)
+def test_b43_values_of_probe_environments(name, kind, obs, value, train, request):
+    """A constant reward; one that the observation tells; one that comes a step later, worth gamma before."""
+    script = request.getfixturevalue(name)
+    agent = train(script, f"{kind}Probe", 25, **PROBE)["agent"]
+    with torch.no_grad():
+        values = agent.get_value(agent.normalize(torch.tensor(obs, dtype=torch.float32)[:, None]))
+    assert values.tolist() == pytest.approx(value, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["discrete", "continuous"])
+def test_b43_probe_environment_with_a_best_action(name, train, request):
+    """Action 2, or 0.1 in both components of a Box."""
+    script = request.getfixturevalue(name)
+    agent = train(script, "ActionProbe", 40, **PROBE)["agent"]
+    action, *_ = agent.get_action_and_value(torch.zeros(1, 1), deterministic=True)
+    assert (
+        action.item() == 2
+        if name == "discrete"
+        else action[0].tolist() == pytest.approx([0.1, 0.1], abs=0.05)
+    )
+
+
+@pytest.mark.slow
+def test_b43_cartpole_is_solved_within_100k_steps(discrete, train):
+    flags = dict(
+        num_envs=8, num_steps=128, num_minibatches=4, update_epochs=10, learning_rate=1e-3, ent_coef=0.0
+    )
+    result = train(discrete, "CartPole-v1", total_timesteps=100_000, **flags)
+    assert discrete.evaluate(result["run_dir"], 100).mean() >= 475
