@@ -207,7 +207,7 @@ class Agent(nn.Module):
 def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
     """Generalised advantage estimation [core 5], PPO paper eq. 11 and 12: (advantages, returns), (T, N) each.
 
-    rewards, values, dones: (T, N); dones[t] is 1 where action t ended the episode (CleanRL's dones[t + 1]). If
+    rewards, values, dones: (T, N); dones[t] is 1 where action t ended the episode (CleanRL: dones[t + 1]). If
     truncated, rewards[t] contains gamma * V(final observation). next_value: (N,), V after the last step.
     """
     nonterminal = 1.0 - dones.to(values.dtype)  # 0 cuts off what follows in the row: it is another episode
@@ -337,6 +337,8 @@ def train(args, merged=False, received=()):
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
         set_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
+    if args.capture_video:  # what is missing for it shows now, not after the training
+        make_envs(args, 1, str(run_dir / "videos")).close()
     envs = make_envs(args, N)
     agent = Agent(envs.single_observation_space.shape, int(envs.single_action_space.n), args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]

@@ -14,6 +14,7 @@ CleanRL's file. Letters: T num_steps, N num_envs, B = T * N batch, M = B / num_m
 import dataclasses
 import importlib
 import math
+import os
 import random
 import signal
 import sys
@@ -129,6 +130,15 @@ def make_envs(args, num_envs, videos=None):
         mode = "rgb_array" if videos else None
         env = gym.make(args.env_id, render_mode=mode, max_episode_steps=args.max_episode_steps or None)
         if videos:
+            if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+                os.environ.setdefault("MUJOCO_GL", "egl")  # glfw, the default, needs a display
+            try:
+                env.reset()
+                env.render()
+            except Exception as error:  # of many kinds, by what is missing
+                raise UsageError(
+                    f"--capture-video: {error}; MuJoCo needs libegl1, or libosmesa6 and MUJOCO_GL=osmesa"
+                ) from error
             env = gym.wrappers.RecordVideo(env, videos, episode_trigger=lambda episode: episode == 0)
         actions, shape, name = env.action_space, env.observation_space.shape or (), f"--env-id {args.env_id}"
         fits = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1
@@ -211,7 +221,7 @@ class Agent(nn.Module):
 def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
     """Generalised advantage estimation [core 5], PPO paper eq. 11 and 12: (advantages, returns), (T, N) each.
 
-    rewards, values, dones: (T, N); dones[t] is 1 where action t ended the episode (CleanRL's dones[t + 1]). If
+    rewards, values, dones: (T, N); dones[t] is 1 where action t ended the episode (CleanRL: dones[t + 1]). If
     truncated, rewards[t] contains gamma * V(final observation). next_value: (N,), V after the last step.
     """
     nonterminal = 1.0 - dones.to(values.dtype)  # 0 cuts off what follows in the row: it is another episode
@@ -341,6 +351,8 @@ def train(args, merged=False, received=()):
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
         set_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
+    if args.capture_video:  # what is missing for it shows now, not after the training
+        make_envs(args, 1, str(run_dir / "videos")).close()
     envs = make_envs(args, N)
     agent = Agent(envs.single_observation_space.shape, envs.single_action_space.shape[0], args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]

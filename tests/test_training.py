@@ -146,6 +146,11 @@ def state(agent):
     return {key: x.clone() for key, x in agent.state_dict().items()}
 
 
+def statistics(agent):
+    """The running mean, var and count of observations."""
+    return {name.replace(".", "_").split("_")[-1]: x.clone() for name, x in agent.named_buffers()}
+
+
 def plain(x):
     """The same with lists in place of tensors, so that == compares everything."""
     if isinstance(x, dict):
@@ -400,14 +405,14 @@ def test_b23_target_kl_stops_before_the_step_that_would_go_too_far(script, train
     params = list(result["agent"].parameters())
     assert all(torch.equal(a, b) for a, b in zip(params, seen.steps[0].params, strict=True))
     logged = scalars(result)
-    assert logged["losses/updates"] == [1]
+    assert logged["charts/updates"] == [1]
     assert abs(logged["losses/approx_kl"][0]) < 1e-6  # of the minibatch that was used
 
 
 def test_b23_no_target_kl_no_stop(script, train, watch):
     seen = watch(script)
     result = train(script, "Ids", 1, learning_rate=0.1)
-    assert len(seen.steps) == 4 and scalars(result)["losses/updates"] == [4]
+    assert len(seen.steps) == 4 and scalars(result)["charts/updates"] == [4]
 
 
 def test_losses_are_means_over_all_minibatches(script, train, watch):
@@ -476,7 +481,7 @@ def test_b33_reward_scale_is_the_std_of_the_discounted_return(continuous, story)
     rewards = [envs.step(np.zeros((1, 2), np.float32))[1][0] for _ in range(6)]
     sums = [1, 2, 3, 1, 2, 3]
     expected = [sign * min(1 / math.sqrt(np.var(sums[: t + 1]) + 1e-8), 10) for t in range(6)]
-    assert rewards == pytest.approx(expected)
+    assert rewards == pytest.approx(expected, rel=1e-3)
     assert rewards[0] == 10 * sign
 
 
@@ -484,7 +489,7 @@ def test_b33_reward_scale_uses_gamma(continuous):
     envs = continuous.make_envs(continuous.Args(env_id="stub_envs:CountTruncatedBox-v0", gamma=0.5), 1)
     envs.reset(seed=0)
     rewards = [envs.step(np.zeros((1, 2), np.float32))[1][0] for _ in range(4)]
-    assert rewards[3] == pytest.approx(1 / np.std([1, 1.5, 1.75, 1]))
+    assert rewards[3] == pytest.approx(1 / np.std([1, 1.5, 1.75, 1]), rel=1e-3)
 
 
 def test_b34_all_environments_share_the_reward_scale(continuous):
@@ -493,16 +498,16 @@ def test_b34_all_environments_share_the_reward_scale(continuous):
     envs.reset(seed=1)
     rewards = [envs.step(np.zeros((2, 2), np.float32))[1] for _ in range(6)]
     sums = np.cumsum([0.99**t for t in range(6)])[:, None] * [10, 100]
-    assert rewards[-1] == pytest.approx([10 / np.std(sums), 100 / np.std(sums)])
+    assert rewards[-1] == pytest.approx([10 / np.std(sums), 100 / np.std(sums)], rel=1e-3)
 
 
 def test_b34_all_environments_share_the_observation_statistics(continuous, train, watch):
     """Mean and variance are those of all rows of both environments, (2,) numbers each."""
     result = train(continuous, "CountEndless", **normalised(continuous))
     rows = np.array([(step, tag) for step in range(9) for tag in (1, 2)])
-    rms = result["agent"].obs_rms
-    np.testing.assert_allclose(rms.mean, rows.mean(0), rtol=1e-9)
-    np.testing.assert_allclose(rms.var, rows.var(0), rtol=1e-9)
+    saved = statistics(result["agent"])
+    np.testing.assert_allclose(saved["mean"], rows.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(saved["var"], rows.var(0), rtol=1e-9)
 
 
 def test_no_norm_flags_change_nothing(continuous, train, watch):
@@ -571,7 +576,7 @@ def test_b29_saved_agent_acts_bit_for_bit_like_the_trained_one(script, train):
 def test_b29_statistics_count_every_row_once(continuous, train):
     """The first one of each environment and one after each step; final ones of episodes are no rows."""
     agent = train(continuous, "CountTruncated", 2, **normalised(continuous))["agent"]
-    assert agent.obs_rms.count == 2 * (1 + 2 * 8)
+    assert statistics(agent)["count"] == 2 * (1 + 2 * 8)
 
 
 def test_b29_evaluation_moves_no_statistics(script, train, monkeypatch):
@@ -587,20 +592,15 @@ def test_b30_final_observations_are_normalised_like_all_others(continuous, train
     seen, value = [], continuous.Agent.get_value
 
     def spied(self, obs):
-        seen.append(
-            (obs.clone(), self.obs_rms.mean.clone(), self.obs_rms.var.clone(), self.obs_rms.count.item())
-        )
+        seen.append((obs.clone(), statistics(self)))
         return value(self, obs)
 
     monkeypatch.setattr(continuous.Agent, "get_value", spied)
     train(continuous, "CountTruncated", num_envs=3, num_steps=6, **normalised(continuous))
     raw = torch.tensor([[3.0, tag] for tag in (1, 2, 3)])  # the final observations of the first episodes
-    final = [
-        x for x in seen if x[3] == 9
-    ]  # with the statistics of 1 + 2 rows per environment, once acted, once valued
-    expected = (raw - final[0][1]) / torch.sqrt(final[0][2] + 1e-8)
-    assert len(final) == 2
-    torch.testing.assert_close(final[1][0], expected.float())
+    (_, _), (final, now) = [x for x in seen if x[1]["count"] == 9]  # 1 + 2 rows each: once acted, once valued
+    expected = (raw - now["mean"]) / torch.sqrt(now["var"] + 1e-8)
+    torch.testing.assert_close(final, expected.float())
 
 
 def test_b31_the_update_sees_what_the_policy_saw(script, train, watch):
