@@ -6,9 +6,9 @@
 """PPO for continuous actions and vector observations, the whole algorithm in one file. Try --help.
 
 RESULT
-Papers: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02438. Tags like [core 5] number
-details of https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details, those like [ours 1] add to
-CleanRL's file. Letters: T num_steps, N num_envs, B = T * N batch, M = B / num_minibatches minibatch.
+Papers: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02438. Tags in brackets number
+details of https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details and, as "ours", what is new
+against CleanRL's ppo_continuous_action.py. Shapes: T num_steps, N num_envs, B = T * N batch, M minibatch.
 """
 
 import dataclasses

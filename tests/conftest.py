@@ -1,4 +1,4 @@
-"""Every test calls the shipped functions; PPO_SCRIPTS=<folder> points the suite at another copy (tests/mutants.py)."""
+"""Tests call the shipped functions; PPO_SCRIPTS=<folder> points them at another copy (see mutants.py)."""
 
 import importlib
 import os
@@ -11,7 +11,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = Path(os.environ.get("PPO_SCRIPTS", ROOT))
 NAMES = ("ppo_discrete", "ppo_continuous", "ppo_atari")
-sys.path[:0] = [str(SCRIPTS), str(Path(__file__).parent)]  # the scripts, and stub_envs for --env-id stub_envs:Name-v0
+sys.path[:0] = [
+    str(SCRIPTS),
+    str(Path(__file__).parent),
+]  # the scripts, and stub_envs for --env-id stub_envs:Name-v0
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])  # for the scripts that tests start as programs
 torch.set_num_threads(1)
 

@@ -787,26 +787,26 @@ def test_activation_follows_every_hidden_layer_and_no_output(mlp_script, activat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(), (3,)])
+@pytest.mark.parametrize("shape", [(1,), (3,)])
 @pytest.mark.parametrize("sizes", [(1, 7, 50, 2), (16, 16, 16), (200, 1, 1, 1)])
 def test_b32_running_statistics_equal_numpy(continuous, dtype, shape, sizes):
     """After every batch, for data far from 0 and with a drift."""
-    rms, rows = continuous.RunningMeanStd(shape), []
+    agent, rows = continuous.Agent(shape, 1, continuous.Args()), []
     for i, size in enumerate(sizes):
         batch = (torch.randn(size, *shape, dtype=torch.float64) * (i + 1) + 100 * (i + 1)).to(dtype)
         rows.append(batch.double().numpy())
-        rms.update(batch)
+        agent.normalize(batch, update=True)
         seen = np.concatenate(rows)
-        assert rms.count == len(seen) and rms.mean.shape == rms.var.shape == shape
-        np.testing.assert_allclose(rms.mean.numpy(), seen.mean(0), rtol=1e-12)
-        np.testing.assert_allclose(rms.var.numpy(), seen.var(0), rtol=1e-9, atol=1e-9)
+        assert agent.obs_count == len(seen) and agent.obs_mean.shape == agent.obs_var.shape == shape
+        np.testing.assert_allclose(agent.obs_mean.numpy(), seen.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(agent.obs_var.numpy(), seen.var(0), rtol=1e-9, atol=1e-9)
 
 
 def test_b32_first_batch_of_one_row(continuous):
     """Nothing of the start values is left: no pseudo-count."""
-    rms = continuous.RunningMeanStd((2,))
-    rms.update(torch.tensor([[3.0, -5.0]]))
-    assert rms.mean.tolist() == [3, -5] and rms.var.tolist() == [0, 0] and rms.count == 1
+    agent = continuous.Agent((2,), 1, continuous.Args())
+    agent.normalize(torch.tensor([[3.0, -5.0]]), update=True)
+    assert agent.obs_mean.tolist() == [3, -5] and agent.obs_var.tolist() == [0, 0] and agent.obs_count == 1
 
 
 def test_normalize_changes_nothing_without_statistics(mlp_script):
@@ -846,10 +846,10 @@ def test_normalize_moves_the_statistics_only_where_told(continuous):
     """Not by default, not by a network's pass; update=True does."""
     agent, obs = make_agent(continuous), torch.randn(6, 5) + 3
     agent.normalize(obs, update=True)
-    before = {key: x.clone() for key, x in agent.obs_rms.state_dict().items()}
+    before = {key: x.clone() for key, x in agent.named_buffers()}
     for _ in range(3):
         agent.get_action_and_value(agent.normalize(100 * obs))
         agent.get_value(agent.normalize(100 * obs, update=False))
-    assert all(torch.equal(x, before[key]) for key, x in agent.obs_rms.state_dict().items())
+    assert before and all(torch.equal(x, before[key]) for key, x in agent.named_buffers())
     agent.normalize(100 * obs, update=True)
-    assert agent.obs_rms.count == 12 and not torch.equal(agent.obs_rms.mean, before["mean"])
+    assert agent.obs_count == 12 and not torch.equal(agent.obs_mean, before["obs_mean"])
