@@ -91,9 +91,9 @@ def check_args(args):
     whole = B % parts == 0 and (B > parts or not args.norm_adv)  # the std of one advantage would be nan
     batch = f"--num-steps {args.num_steps} x --num-envs {args.num_envs} = {B} in --num-minibatches {parts}"
     require(whole, f"{batch} must give equal parts of 2 or more (of 1 with --no-norm-adv): change one")
-    for flag, package in {"track": "wandb", "capture_video": "moviepy"}.items():
-        there = not getattr(args, flag) or importlib.util.find_spec(package)
-        require(there, f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
+    find = importlib.util.find_spec
+    require(not args.track or find("wandb"), "--track: pip install wandb")
+    require(not args.capture_video or find("moviepy"), "--capture-video: pip install moviepy")
     there = args.device in ("auto", "cpu") or getattr(torch, args.device).is_available()
     require(there, f"--device {args.device} is not available to this build of torch: use --device cpu")
 
@@ -234,7 +234,6 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     # [core 8] clipped surrogate objective, eq. 7: no gain from moving the ratio further than clip_coef
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     pg_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
-
     v_error = (newvalue - returns) ** 2
     if args.clip_vloss:  # [core 9] the worse of V and of V moved by at most clip_coef
         clipped_value = values + (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
@@ -251,7 +250,7 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
 
 def explained_variance(values, returns):
     """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 like a constant; nan for constant returns."""
-    return (1 - (returns - values).var() / returns.var()).item() if returns.var() > 0 else math.nan
+    return 1 - (returns - values).var().item() / (returns.var().item() or math.nan)
 
 
 def save_checkpoint(path, agent, optimizer, envs, args, iteration):
@@ -274,8 +273,10 @@ def load_checkpoint(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
         require(saved["script"] == Args.exp_name, f"written by {saved['script']}.py")
     except Exception as error:  # torch.load does not say what a damaged file raises
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
-        raise UsageError(f"--resume or --evaluate {path}: no checkpoint of this script ({reason})") from error
+        reason = (
+            f"not a checkpoint of this script ({type(error).__name__}: {str(error).splitlines()[0][:60]})"
+        )
+        raise UsageError(f"--resume or --evaluate {path}: {reason}") from error
     return saved | {"run_dir": path.parent}
 
 
@@ -311,8 +312,8 @@ def train(args, merged=False, received=()):
     """Train; returns a dict: episodic_return (mean of the last 100 raw ones), global_step, run_dir, agent.
 
     With args.resume, flags not at their defaults (merged: not at the saved values) override the saved ones. A
-    signal in received ends the run after the iteration. Raises UsageError (a ValueError) for bad input before
-    anything is written, FloatingPointError for a non-finite loss.
+    signal in received ends the run after the iteration. UsageError (a ValueError) for bad input, raised before
+    anything is written; FloatingPointError for a non-finite loss.
     """
     saved, first_iteration = None, 1
     if args.resume:
@@ -330,10 +331,10 @@ def train(args, merged=False, received=()):
     require(first_iteration <= num_iterations, f"--total-timesteps: use at least {global_step + B}")
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}".replace("/", "-")
     run_dir = saved["run_dir"] if saved else Path(args.run_dir or f"runs/{name}")
-    new = saved or not (run_dir / "checkpoint.pt").exists()
-    require(new, f"--run-dir {run_dir} holds a checkpoint: name another one, or --resume {run_dir}")
+    require(saved or not (run_dir / "checkpoint.pt").exists(), f"--run-dir {run_dir} is taken: --resume it?")
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if args.device == "auto" else args.device)
+
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
         set_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
@@ -342,7 +343,7 @@ def train(args, merged=False, received=()):
     envs = make_envs(args, N)
     agent = Agent(envs.single_observation_space.shape, int(envs.single_action_space.n), args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
-    # the seed moves with the step: a resumed run must not play the start of the first one again
+    # another seed in every resumed run: it must not play the start of the first one again
     next_obs = torch.as_tensor(envs.reset(seed=args.seed + global_step)[0], device=device)
     action, *_ = agent.get_action_and_value(agent.normalize(next_obs))  # for its shape and dtype
     if saved:
@@ -358,9 +359,8 @@ def train(args, merged=False, received=()):
     rollout = np.zeros((2, T, N), np.float32)  # rewards and dones, moved to the device once per iteration
 
     if args.track:
-        wandb = importlib.import_module("wandb")
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
-        wandb.init(**names, config=vars(args), sync_tensorboard=True)
+        run = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name)
+        importlib.import_module("wandb").init(**run, config=vars(args), sync_tensorboard=True)
     print(f"{run_dir}: {num_iterations} iterations of {B} steps = {num_iterations * B:,} on {device}")
     bar = tqdm(total=num_iterations * B, initial=global_step, unit="step", unit_scale=True)
     with bar, SummaryWriter(run_dir, purge_step=global_step + 1 if saved else None) as writer:
@@ -425,8 +425,8 @@ def train(args, merged=False, received=()):
                 save_checkpoint(run_dir / "checkpoint.pt", agent, optimizer, envs, args, iteration)
             now = time.time()
             charts = {"learning_rate": optimizer.param_groups[0]["lr"], "updates": len(updates)}
-            charts["SPS"] = (global_step - start_step) / (now - start_time)
             charts |= {"SPS_rollout": B / (update_time - rollout_time), "SPS_update": B / (now - update_time)}
+            charts["SPS"] = (global_step - start_step) / (now - start_time)
             if envs.return_queue:  # raw, of the last up to 100 episodes
                 charts["episodic_return"] = episodic_return = float(np.mean(envs.return_queue))
                 charts["episodic_length"] = np.mean(envs.length_queue)
@@ -450,15 +450,12 @@ def main():
     try:
         if args.resume:  # parse again with the saved flags as defaults: only what was typed overrides them
             args, merged = tyro.cli(Args, default=Args(**load_checkpoint(args.resume)["args"])), True
-        if args.num_threads > 0:
-            torch.set_num_threads(args.num_threads)
+        torch.set_num_threads(max(args.num_threads, 0) or torch.get_num_threads())
         checkpoint = args.evaluate
         if not checkpoint:
             for stop in stops:  # the first one ends the iteration, a second one the process
                 signal.signal(stop, lambda s, _: (received.append(s), signal.signal(s, signal.SIG_DFL)))
-            result = train(args, merged, received)
-            checkpoint = result["run_dir"] / "checkpoint.pt"
-            print(f"{result['episodic_return']:.1f}: mean of the last 100 training returns, {checkpoint}")
+            checkpoint = train(args, merged, received)["run_dir"] / "checkpoint.pt"
             if received:
                 print(f"stopped by signal {received[0]}, go on with: {script} --resume {checkpoint}")
                 sys.exit(128 + received[0])
@@ -471,6 +468,7 @@ def main():
             low, high = np.percentile(means, [2.5, 97.5])
             kind = f"{len(returns)} {'deterministic' if args.deterministic else 'sampled'} episodes"
             print(f"{returns.mean():.1f}: mean return of {kind}, 95 % interval {low:.1f} to {high:.1f}")
+        print(f"checkpoint:  {checkpoint}")
         print(f"evaluate it: {script} --evaluate {checkpoint} --eval-episodes 100 --capture-video")
         print(f"train on:    {script} --resume {checkpoint} --total-timesteps {2 * args.total_timesteps}")
         print(f"look at it:  tensorboard --logdir {Path(checkpoint).parent} (and videos/ in there)")

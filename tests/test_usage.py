@@ -109,7 +109,18 @@ def cli(monkeypatch, capfd):
 
 
 @pytest.fixture
-def refused(cli, recwarn):
+def no_training(monkeypatch):
+    """A training that begins, instead of being refused, fails the test at once."""
+
+    def begin(*args, **kwargs):
+        raise AssertionError("training began")
+
+    for name in NAMES:
+        monkeypatch.setattr(importlib.import_module(name), "SummaryWriter", begin)
+
+
+@pytest.fixture
+def refused(cli, recwarn, no_training):
     """refused(script, argv, *words): exit code 2, one line on stderr with all the words, nothing written."""
 
     def call(script, argv, *words):
@@ -192,11 +203,16 @@ def test_sizes_that_do_not_divide_are_refused_with_the_numbers(script, refused):
     refused(script, sizes, "--num-minibatches 7", "--num-steps 10", "--num-envs 3", "30")
 
 
-def test_minibatches_of_one_have_no_std(script, refused, cli):
-    sizes = "--num-steps 2 --num-envs 2 --num-minibatches 4 --total-timesteps 4 --eval-episodes 0".split()
-    refused(script, tiny(script.__name__, *sizes), "--num-minibatches 4", "--no-norm-adv")
-    code, *_ = cli(script, *tiny(script.__name__, *sizes, "--no-norm-adv"))
-    assert code == 0, "the fix that was named works"
+ONES = "--num-steps 2 --num-envs 2 --num-minibatches 4 --total-timesteps 4 --eval-episodes 0".split()
+
+
+def test_minibatches_of_one_have_no_std(script, refused):
+    refused(script, tiny(script.__name__, *ONES), "--num-minibatches 4", "--no-norm-adv")
+
+
+def test_minibatches_of_one_without_normalisation(script, cli):
+    code, _, err = cli(script, *tiny(script.__name__, *ONES, "--no-norm-adv"))
+    assert code == 0, err
 
 
 def test_fewer_steps_than_one_iteration_are_refused_with_the_numbers(script, refused):
@@ -364,7 +380,7 @@ def test_what_tyro_refuses_keeps_its_form_and_exits_with_2(script, cli, argv):
     assert not list(Path().iterdir())
 
 
-def test_in_process_bad_input_is_a_value_error_of_one_line(script):
+def test_in_process_bad_input_is_a_value_error_of_one_line(script, no_training):
     assert issubclass(script.UsageError, ValueError)
     with pytest.raises(ValueError, match="^--gamma 2[^\n]*$"):
         script.train(script.Args(gamma=2.0))
@@ -680,7 +696,7 @@ def test_no_evaluation_where_none_is_asked_for(script, cli, monkeypatch):
 def test_progress_is_one_bar(script, cli):
     """stdout has the start line and the summary; stderr one bar of training and one of evaluation."""
     _, out, err = cli(script, *tiny(script.__name__, "--total-timesteps", "320"))
-    assert len(out.splitlines()) == 6, out
+    assert len(out.splitlines()) <= 7, out
     assert len([line for line in err.splitlines() if line.strip()]) <= len(re.findall(r"\d+%", err))
     assert "step/s" in err and "return" in err
 
