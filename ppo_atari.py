@@ -11,6 +11,7 @@ details of https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-detai
 against CleanRL's ppo_atari.py. Shapes: T num_steps, N num_envs, B = T * N batch, M minibatch.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -312,7 +313,7 @@ def train(args, merged=False, received=()):
     """Train; returns a dict: episodic_return (mean of the last 100 raw ones), global_step, run_dir, agent.
 
     With args.resume, flags not at their defaults (merged: not at the saved values) override the saved ones. A
-    signal in received ends the run after the iteration. UsageError (a ValueError) for bad input, raised before
+    signal in received ends the run after the iteration. UsageError (a ValueError) for bad input, before
     anything is written; FloatingPointError for a non-finite loss.
     """
     saved, first_iteration = None, 1
@@ -363,7 +364,11 @@ def train(args, merged=False, received=()):
         importlib.import_module("wandb").init(**run, config=vars(args), sync_tensorboard=True)
     print(f"{run_dir}: {num_iterations} iterations of {B} steps = {num_iterations * B:,} on {device}")
     bar = tqdm(total=num_iterations * B, initial=global_step, unit="step", unit_scale=True)
-    with bar, SummaryWriter(run_dir, purge_step=global_step + 1 if saved else None) as writer:
+    with (
+        bar,
+        contextlib.closing(envs),
+        SummaryWriter(run_dir, purge_step=global_step + 1 if saved else None) as writer,
+    ):
         writer.add_text("hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
         start_step, start_time, episodic_return = global_step, time.time(), math.nan
         for iteration in range(first_iteration, num_iterations + 1):
@@ -417,7 +422,7 @@ def train(args, merged=False, received=()):
             # --- 5. diagnostics, means over all minibatches [ours 4]: nothing below changes the algorithm ---
             means = {key: torch.stack([u[key] for u in updates]).mean().item() for key in updates[0]}
             if not all(map(math.isfinite, means.values())):  # [ours 5] before such weights are saved
-                suspects = {"observations": obs.sum(), "rewards": rewards.sum(), **means}
+                suspects = {"observations": obs.sum() + next_obs.sum(), "rewards": rewards.sum(), **means}
                 bad = ", ".join(key for key, x in suspects.items() if not math.isfinite(x))
                 fix = "if observations or rewards, it is --env-id, else lower --learning-rate"
                 raise FloatingPointError(f"not finite: {bad}; {fix}. The last checkpoint is good: {run_dir}")
@@ -439,7 +444,6 @@ def train(args, merged=False, received=()):
             bar.update(B)
             if received:
                 break
-    envs.close()
     return dict(episodic_return=episodic_return, global_step=global_step, run_dir=run_dir, agent=agent)
 
 

@@ -1,6 +1,6 @@
 """Read finished run directories: python benchmark/collect.py benchmark/runs/*
 
-Writes benchmark/results.csv (one line per run), benchmark/curves.png (last-100 return against steps) and prints
+Writes benchmark/results.csv (a line per run) and benchmark/curves.png (last-100 return against steps), prints
 the table. Each checkpoint is evaluated with sampled actions on seeds that training never used.
 """
 

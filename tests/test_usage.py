@@ -625,6 +625,22 @@ def test_a_signal_ends_the_iteration_and_saves(name, signum, more, cli, monkeypa
     assert [path.name for path in Path().iterdir()] == ["run"]
 
 
+def test_a_signal_while_metrics_are_written_does_not_lose_the_iteration(script, monkeypatch):
+    """One that comes after the decision to save and before the end of the loop's body."""
+    received = []
+
+    class Writer(script.SummaryWriter):
+        def add_scalar(self, *args, **kwargs):
+            received.append(signal.SIGINT)
+            super().add_scalar(*args, **kwargs)
+
+    monkeypatch.setattr(script, "SummaryWriter", Writer)
+    flags = tiny(script.__name__, "--total-timesteps", "320", "--save-every", "1000")
+    result = script.train(tyro.cli(script.Args, args=flags), received=received)
+    assert received and result["global_step"] < 320
+    assert saved(result["run_dir"] / "checkpoint.pt")["global_step"] == result["global_step"]
+
+
 def test_a_second_signal_is_not_held_back(discrete, cli, monkeypatch):
     """After the first signal the second one ends the process, as ever."""
     seen = []
