@@ -84,8 +84,9 @@ def require(condition, message):
 def check_args(args):
     """UsageError for flags that cannot work, before anything is started or written."""
     counts = "num_envs num_steps num_minibatches update_epochs save_every total_timesteps"
+    highest = {"gamma": 1, "gae_lambda": 1, "seed": 10**9}
     for name, value in vars(args).items():
-        low, high = int(name in counts.split()), 1 if name in ("gamma", "gae_lambda") else math.inf
+        low, high = int(name in counts.split()), highest.get(name, math.inf)
         good = not isinstance(value, int | float) or (low <= value <= high and math.isfinite(value))
         require(good, f"--{name.replace('_', '-')} {value}: use a finite number from {low} to {high}")
     B, parts = args.num_steps * args.num_envs, args.num_minibatches
@@ -137,8 +138,12 @@ def make_envs(args, num_envs, videos=None):
     for rom in ale_py.roms.get_all_rom_ids():
         name = "".join(word.capitalize() for word in rom.split("_"))
         games |= {f"{name}NoFrameskip-v4": (rom, 0.0), f"ALE/{name}-v5": (rom, 0.25), rom: (rom, 0.0)}
-    near = " or ".join(difflib.get_close_matches(args.env_id, games)) or "ppo_discrete.py for other ids"
-    require(args.env_id in games, f"--env-id {args.env_id} is no Atari game in this spelling: try {near}")
+    near = " or ".join(difflib.get_close_matches(args.env_id, games, cutoff=0.5))
+    known = args.env_id in games
+    require(
+        known,
+        f"--env-id {args.env_id} is no Atari game as spelled here: try {near or 'breakout'} (or ppo_discrete.py)",
+    )
     rom, sticky = games[args.env_id]
     # [ours 2] SAME_STEP resets a game in the step that ends it. NEXT_STEP, the default, takes a step more,
     # with reward 0 and an ignored action: a row of the batch that nobody should learn from
@@ -273,11 +278,9 @@ def load_checkpoint(path):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
         require(saved["script"] == Args.exp_name, f"written by {saved['script']}.py")
+        _ = Args(**saved["args"]), saved["shapes"], saved["agent"]
     except Exception as error:  # torch.load does not say what a damaged file raises
-        reason = (
-            f"not a checkpoint of this script ({type(error).__name__}: {str(error).splitlines()[0][:60]})"
-        )
-        raise UsageError(f"--resume or --evaluate {path}: {reason}") from error
+        raise UsageError(f"--resume or --evaluate {path}: not of this script: {error!r:.90}") from error
     return saved | {"run_dir": path.parent}
 
 
@@ -330,12 +333,11 @@ def train(args, merged=False, received=()):
     T, N, B = args.num_steps, args.num_envs, args.num_steps * args.num_envs
     num_iterations, global_step = args.total_timesteps // B, (first_iteration - 1) * B
     require(first_iteration <= num_iterations, f"--total-timesteps: use at least {global_step + B}")
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}".replace("/", "-")
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}".replace("/", "-")
     run_dir = saved["run_dir"] if saved else Path(args.run_dir or f"runs/{name}")
     require(saved or not (run_dir / "checkpoint.pt").exists(), f"--run-dir {run_dir} is taken: --resume it?")
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if args.device == "auto" else args.device)
-
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
         set_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
@@ -358,7 +360,10 @@ def train(args, merged=False, received=()):
     obs, actions = (torch.zeros((T, *x.shape), dtype=x.dtype, device=device) for x in (next_obs, action))
     logprobs, values = torch.zeros((2, T, N), device=device)
     rollout = np.zeros((2, T, N), np.float32)  # rewards and dones, moved to the device once per iteration
-
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--run-dir {run_dir}: {error.strerror}, name another one") from error
     if args.track:
         run = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name)
         importlib.import_module("wandb").init(**run, config=vars(args), sync_tensorboard=True)
@@ -426,7 +431,8 @@ def train(args, merged=False, received=()):
                 bad = ", ".join(key for key, x in suspects.items() if not math.isfinite(x))
                 fix = "if observations or rewards, it is --env-id, else lower --learning-rate"
                 raise FloatingPointError(f"not finite: {bad}; {fix}. The last checkpoint is good: {run_dir}")
-            if iteration % args.save_every == 0 or iteration == num_iterations or received:
+            last = iteration == num_iterations or bool(received)  # asked once: a signal may come at any time
+            if iteration % args.save_every == 0 or last:
                 save_checkpoint(run_dir / "checkpoint.pt", agent, optimizer, envs, args, iteration)
             now = time.time()
             charts = {"learning_rate": optimizer.param_groups[0]["lr"], "updates": len(updates)}
@@ -442,7 +448,7 @@ def train(args, merged=False, received=()):
                     writer.add_scalar(f"{group}/{key}", value, global_step)
             bar.set_postfix_str(f"return {episodic_return:.1f}", refresh=False)
             bar.update(B)
-            if received:
+            if last:
                 break
     return dict(episodic_return=episodic_return, global_step=global_step, run_dir=run_dir, agent=agent)
 
@@ -454,7 +460,8 @@ def main():
     try:
         if args.resume:  # parse again with the saved flags as defaults: only what was typed overrides them
             args, merged = tyro.cli(Args, default=Args(**load_checkpoint(args.resume)["args"])), True
-        torch.set_num_threads(max(args.num_threads, 0) or torch.get_num_threads())
+        check_args(args)
+        torch.set_num_threads(args.num_threads or torch.get_num_threads())
         checkpoint = args.evaluate
         if not checkpoint:
             for stop in stops:  # the first one ends the iteration, a second one the process
@@ -474,7 +481,8 @@ def main():
             print(f"{returns.mean():.1f}: mean return of {kind}, 95 % interval {low:.1f} to {high:.1f}")
         print(f"checkpoint:  {checkpoint}")
         print(f"evaluate it: {script} --evaluate {checkpoint} --eval-episodes 100 --capture-video")
-        print(f"train on:    {script} --resume {checkpoint} --total-timesteps {2 * args.total_timesteps}")
+        steps = 2 * load_checkpoint(checkpoint)["global_step"]
+        print(f"train on:    {script} --resume {checkpoint} --total-timesteps {steps}")
         print(f"look at it:  tensorboard --logdir {Path(checkpoint).parent} (and videos/ in there)")
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

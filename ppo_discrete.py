@@ -85,8 +85,9 @@ def require(condition, message):
 def check_args(args):
     """UsageError for flags that cannot work, before anything is started or written."""
     counts = "num_envs num_steps num_minibatches update_epochs hidden_sizes save_every total_timesteps"
+    highest = {"gamma": 1, "gae_lambda": 1, "seed": 10**9}
     for name, value in vars(args).items():
-        low, high = int(name in counts.split()), 1 if name in ("gamma", "gae_lambda") else math.inf
+        low, high = int(name in counts.split()), highest.get(name, math.inf)
         for x in value if isinstance(value, tuple) else [value]:
             good = not isinstance(x, int | float) or (low <= x <= high and math.isfinite(x))
             require(good, f"--{name.replace('_', '-')} {x}: use a finite number from {low} to {high}")
@@ -244,11 +245,9 @@ def load_checkpoint(path):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
         require(saved["script"] == Args.exp_name, f"written by {saved['script']}.py")
+        _ = Args(**saved["args"]), saved["shapes"], saved["agent"]
     except Exception as error:  # torch.load does not say what a damaged file raises
-        reason = (
-            f"not a checkpoint of this script ({type(error).__name__}: {str(error).splitlines()[0][:60]})"
-        )
-        raise UsageError(f"--resume or --evaluate {path}: {reason}") from error
+        raise UsageError(f"--resume or --evaluate {path}: not of this script: {error!r:.90}") from error
     return saved | {"run_dir": path.parent}
 
 
@@ -301,11 +300,10 @@ def train(args, merged=False, received=()):
     T, N, B = args.num_steps, args.num_envs, args.num_steps * args.num_envs
     num_iterations, global_step = args.total_timesteps // B, (first_iteration - 1) * B
     require(first_iteration <= num_iterations, f"--total-timesteps: use at least {global_step + B}")
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}".replace("/", "-")
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}".replace("/", "-")
     run_dir = saved["run_dir"] if saved else Path(args.run_dir or f"runs/{name}")
     require(saved or not (run_dir / "checkpoint.pt").exists(), f"--run-dir {run_dir} is taken: --resume it?")
     device = torch.device("cpu" if args.device == "auto" else args.device)
-
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
         set_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
@@ -328,7 +326,10 @@ def train(args, merged=False, received=()):
     obs, actions = (torch.zeros((T, *x.shape), dtype=x.dtype, device=device) for x in (next_obs, action))
     logprobs, values = torch.zeros((2, T, N), device=device)
     rollout = np.zeros((2, T, N), np.float32)  # rewards and dones, moved to the device once per iteration
-
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--run-dir {run_dir}: {error.strerror}, name another one") from error
     if args.track:
         run = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name)
         importlib.import_module("wandb").init(**run, config=vars(args), sync_tensorboard=True)
@@ -396,7 +397,8 @@ def train(args, merged=False, received=()):
                 bad = ", ".join(key for key, x in suspects.items() if not math.isfinite(x))
                 fix = "if observations or rewards, it is --env-id, else lower --learning-rate"
                 raise FloatingPointError(f"not finite: {bad}; {fix}. The last checkpoint is good: {run_dir}")
-            if iteration % args.save_every == 0 or iteration == num_iterations or received:
+            last = iteration == num_iterations or bool(received)  # asked once: a signal may come at any time
+            if iteration % args.save_every == 0 or last:
                 save_checkpoint(run_dir / "checkpoint.pt", agent, optimizer, envs, args, iteration)
             now = time.time()
             charts = {"learning_rate": optimizer.param_groups[0]["lr"], "updates": len(updates)}
@@ -412,7 +414,7 @@ def train(args, merged=False, received=()):
                     writer.add_scalar(f"{group}/{key}", value, global_step)
             bar.set_postfix_str(f"return {episodic_return:.1f}", refresh=False)
             bar.update(B)
-            if received:
+            if last:
                 break
     return dict(episodic_return=episodic_return, global_step=global_step, run_dir=run_dir, agent=agent)
 
@@ -424,7 +426,8 @@ def main():
     try:
         if args.resume:  # parse again with the saved flags as defaults: only what was typed overrides them
             args, merged = tyro.cli(Args, default=Args(**load_checkpoint(args.resume)["args"])), True
-        torch.set_num_threads(max(args.num_threads, 0) or torch.get_num_threads())
+        check_args(args)
+        torch.set_num_threads(args.num_threads or torch.get_num_threads())
         checkpoint = args.evaluate
         if not checkpoint:
             for stop in stops:  # the first one ends the iteration, a second one the process
@@ -444,7 +447,8 @@ def main():
             print(f"{returns.mean():.1f}: mean return of {kind}, 95 % interval {low:.1f} to {high:.1f}")
         print(f"checkpoint:  {checkpoint}")
         print(f"evaluate it: {script} --evaluate {checkpoint} --eval-episodes 100 --capture-video")
-        print(f"train on:    {script} --resume {checkpoint} --total-timesteps {2 * args.total_timesteps}")
+        steps = 2 * load_checkpoint(checkpoint)["global_step"]
+        print(f"train on:    {script} --resume {checkpoint} --total-timesteps {steps}")
         print(f"look at it:  tensorboard --logdir {Path(checkpoint).parent} (and videos/ in there)")
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
