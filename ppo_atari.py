@@ -138,11 +138,9 @@ def make_envs(args, num_envs, videos=None):
     for rom in ale_py.roms.get_all_rom_ids():
         name = "".join(word.capitalize() for word in rom.split("_"))
         games |= {f"{name}NoFrameskip-v4": (rom, 0.0), f"ALE/{name}-v5": (rom, 0.25), rom: (rom, 0.0)}
-    near = " or ".join(difflib.get_close_matches(args.env_id, games, cutoff=0.5))
-    known = args.env_id in games
+    near = " or ".join(difflib.get_close_matches(args.env_id, games, cutoff=0.5)) or "breakout"
     require(
-        known,
-        f"--env-id {args.env_id} is no Atari game as spelled here: try {near or 'breakout'} (or ppo_discrete.py)",
+        args.env_id in games, f"--env-id {args.env_id}: no such Atari game, try {near} (or ppo_discrete.py)"
     )
     rom, sticky = games[args.env_id]
     # [ours 2] SAME_STEP resets a game in the step that ends it. NEXT_STEP, the default, takes a step more,
