@@ -333,7 +333,8 @@ def train(args, merged=False, received=()):
     require(first_iteration <= num_iterations, f"--total-timesteps: use at least {global_step + B}")
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}".replace("/", "-")
     run_dir = saved["run_dir"] if saved else Path(args.run_dir or f"runs/{name}")
-    require(saved or not (run_dir / "checkpoint.pt").exists(), f"--run-dir {run_dir} is taken: --resume it?")
+    new = saved or not (run_dir / "checkpoint.pt").exists()
+    require(new, f"--run-dir {run_dir} holds a checkpoint: name another one, or --resume {run_dir}")
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if args.device == "auto" else args.device)
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
@@ -479,9 +480,9 @@ def main():
             print(f"{returns.mean():.1f}: mean return of {kind}, 95 % interval {low:.1f} to {high:.1f}")
         print(f"checkpoint:  {checkpoint}")
         print(f"evaluate it: {script} --evaluate {checkpoint} --eval-episodes 100 --capture-video")
-        steps = 2 * load_checkpoint(checkpoint)["global_step"]
-        print(f"train on:    {script} --resume {checkpoint} --total-timesteps {steps}")
-        print(f"look at it:  tensorboard --logdir {Path(checkpoint).parent} (and videos/ in there)")
+        saved = load_checkpoint(checkpoint)
+        print(f"train on:    {script} --resume {checkpoint} --total-timesteps {2 * saved['global_step']}")
+        print(f"look at it:  tensorboard --logdir {saved['run_dir']} (and videos/ in there)")
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -307,7 +307,7 @@ def bad_files(good):
     torch.save(saved(good) | {"script": "ppo_other"}, "renamed.pt")
     torch.save({"script": saved(good)["script"]}, "incomplete.pt")
     torch.save(saved(good) | {"more": Payload()}, "payload.pt")
-    Path("payload.pkl").write_bytes(pickle.dumps(Payload()))
+    Path("payload.pkl").write_bytes(pickle.dumps(Payload(), protocol=2))
     return ["missing.pt", *sorted(map(str, Path().iterdir()))]
 
 
