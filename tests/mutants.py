@@ -1,7 +1,7 @@
 """Break the scripts on purpose and see the tests fail: python tests/mutants.py [part of a test's name]
 
 Each entry changes one fragment of one script in a temporary copy, runs the named test on it (PPO_SCRIPTS, see
-conftest.py) and expects a failure. What still passes, or no longer applies, is ALIVE; the exit code is then 1.
+conftest.py), expects a failure. What still passes, or no longer applies, is ALIVE; the exit code is then 1.
 """
 
 import os
