@@ -4,22 +4,20 @@
 #                 "tqdm==4.70.1", "moviepy==2.2.1", "ale-py==0.12.1"]
 # ///
 """PPO for Atari 2600 games from pixels, the whole algorithm in one file. Try --help.
-
 Measured, torch 2.13 on an AMD EPYC with --precision bf16: Breakout 20.9 after 1M steps, Pong 16.8 after 2M.
 Papers: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02438. Tags in brackets number
 details of https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details and, as "ours", what is new
-against CleanRL's ppo_atari.py. Shapes: T num_steps, N num_envs, B = T * N batch, M minibatch.
-"""
+against CleanRL's ppo_atari.py. Shapes: T num_steps, N num_envs, B = T * N batch, M minibatch."""
 
 import dataclasses
 import difflib
-import importlib
 import math
 import random
 import signal
 import sys
 import time
 from contextlib import closing
+from importlib import import_module, util
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +27,6 @@ import numpy as np
 import torch
 import tyro
 from torch import nn
-from torch.distributions import Categorical
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -81,8 +78,7 @@ def require(condition, message):
         raise UsageError(message)
 
 
-def check_args(args):
-    """UsageError for flags that cannot work, before anything is started or written."""
+def check_args(args):  # before anything is started or written
     counts = "num_envs num_steps num_minibatches update_epochs save_every total_timesteps"
     highest = {"gamma": 1, "gae_lambda": 1, "seed": 10**9}
     for name, value in vars(args).items():
@@ -93,9 +89,8 @@ def check_args(args):
     whole = B % parts == 0 and (B > parts or not args.norm_adv)  # the std of one advantage would be nan
     batch = f"--num-steps {args.num_steps} x --num-envs {args.num_envs} = {B} in --num-minibatches {parts}"
     require(whole, f"{batch} must give equal parts of 2 or more (of 1 with --no-norm-adv): change one")
-    find = importlib.util.find_spec
-    require(not args.track or find("wandb"), "--track: pip install wandb")
-    require(not args.capture_video or find("moviepy"), "--capture-video: pip install moviepy")
+    require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
+    require(not args.capture_video or util.find_spec("moviepy"), "--capture-video: pip install moviepy")
     there = args.device in ("auto", "cpu") or getattr(torch, args.device).is_available()
     require(there, f"--device {args.device} is not available to this build of torch: use --device cpu")
 
@@ -117,7 +112,7 @@ class LearningSignal(gym.wrappers.vector.RecordEpisodeStatistics):
         return obs, infos
 
     def step(self, actions):
-        if self.fire is not None:  # [atari 4] after a lost life too: Breakout waits for it, maybe for ever
+        if self.fire is not None:  # [atari 4] after a lost life, whatever was chosen: Breakout waits for it
             actions = np.where(self.lost, self.fire, actions)
         obs, rewards, terminated, truncated, infos = super().step(actions)
         self.lost = (infos["lives"] < self.lives) & (infos["lives"] > 0)  # [atari 3] the game itself goes on
@@ -128,7 +123,7 @@ class LearningSignal(gym.wrappers.vector.RecordEpisodeStatistics):
 
     def close(self, **kwargs):
         if self.frames:
-            importlib.import_module("gymnasium.utils.save_video").save_video(self.frames, self.videos, fps=15)
+            import_module("gymnasium.utils.save_video").save_video(self.frames, self.videos, fps=15)
         return super().close(**kwargs)
 
 
@@ -139,17 +134,13 @@ def make_envs(args, num_envs, videos=None):
         name = "".join(word.capitalize() for word in rom.split("_"))
         games |= {f"{name}NoFrameskip-v4": (rom, 0.0), f"ALE/{name}-v5": (rom, 0.25), rom: (rom, 0.0)}
     near = " or ".join(difflib.get_close_matches(args.env_id, games, cutoff=0.5)) or "breakout"
-    require(
-        args.env_id in games, f"--env-id {args.env_id}: no such Atari game, try {near} (or ppo_discrete.py)"
-    )
+    require(args.env_id in games, f"--env-id {args.env_id}: no Atari game, try {near} (or ppo_discrete.py)")
     rom, sticky = games[args.env_id]
-    # [ours 2] SAME_STEP resets a game in the step that ends it. NEXT_STEP, the default, takes a step more,
-    # with reward 0 and an ignored action: a row of the batch that nobody should learn from
+    # [ours 2] NEXT_STEP, the default, spends a step of reward 0 on a reset: a row nobody should learn from
     mode = gym.vector.AutoresetMode.SAME_STEP
     options = dict(autoreset_mode=mode, num_threads=args.num_threads, repeat_action_probability=sticky)
-    options |= dict(full_action_space=False, noop_max=30, use_fire_reset=True)  # [atari 1]
-    options |= dict(frameskip=4, maxpool=True)  # [atari 2]
-    options |= dict(max_num_frames_per_episode=4 * args.max_episode_steps or 108_000)
+    options |= dict(noop_max=30, use_fire_reset=True, frameskip=4, maxpool=True)  # [atari 1] [atari 2]
+    options |= dict(max_num_frames_per_episode=4 * args.max_episode_steps or 108_000, full_action_space=False)
     # off: one would reset games at lost lives, the others would hide where games end and raw rewards
     options |= dict(episodic_life=False, life_loss_info=False, reward_clipping=False)
     grey = dict(img_height=84, img_width=84, grayscale=True, stack_num=4)  # [atari 5] [atari 7]
@@ -162,15 +153,12 @@ def make_envs(args, num_envs, videos=None):
 
 
 def layer_init(layer, std=2**0.5, bias_const=0.0):
-    """Orthogonal weights with gain std, constant bias [core 2]."""
-    nn.init.orthogonal_(layer.weight, std)
+    nn.init.orthogonal_(layer.weight, std)  # [core 2] std is their gain
     nn.init.constant_(layer.bias, bias_const)
     return layer
 
 
-class Agent(nn.Module):
-    """Nature CNN, one trunk for policy and value function [atari 8]; observations are stacks of frames."""
-
+class Agent(nn.Module):  # Nature CNN, one trunk for policy and value function [atari 8]
     def __init__(self, obs_shape, num_actions, args):
         super().__init__()
         self.shapes, self.bf16 = (obs_shape, num_actions), args.precision == "bf16"
@@ -184,24 +172,21 @@ class Agent(nn.Module):
         self.critic = layer_init(nn.Linear(512, 1), std=1.0)
 
     def normalize(self, obs, update=False):
-        """Raw observations as the buffer keeps them: uint8, a quarter of the memory of float32."""
-        return obs
+        return obs  # as the buffer keeps them: uint8, a quarter of the memory of float32
 
     def trunk(self, obs):
-        """uint8 frames (N, 4, 84, 84) -> float32 features (N, 512)."""
-        x = obs.contiguous(memory_format=torch.channels_last)
+        x = obs.contiguous(memory_format=torch.channels_last)  # (N, 4, 84, 84) uint8
         x = x.to(torch.bfloat16 if self.bf16 else torch.float32).div_(255)  # [atari 9]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.network(x).float()  # heads and loss stay in float32
+            return self.network(x).float()  # (N, 512), heads and loss stay in float32
 
     def get_value(self, obs):
-        """V of each observation, (N,)."""
-        return self.critic(self.trunk(obs)).squeeze(-1)
+        return self.critic(self.trunk(obs)).squeeze(-1)  # V of each observation, (N,)
 
     def get_action_and_value(self, obs, action=None, deterministic=False):
         """Action (given, sampled or most probable), its log-probability, the policy's entropy, V; (N,)."""
         features = self.trunk(obs)  # (N, 512)
-        dist = Categorical(logits=self.actor(features), validate_args=False)
+        dist = torch.distributions.Categorical(logits=self.actor(features), validate_args=False)
         if action is None:  # argmax(p / exponential noise) is a sample of p, faster than dist.sample()
             noise = 1.0 if deterministic else torch.empty_like(dist.probs).exponential_()
             action = (dist.probs / noise).argmax(-1)
@@ -212,8 +197,7 @@ def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
     """Generalised advantage estimation [core 5], PPO paper eq. 11 and 12: (advantages, returns), (T, N) each.
 
     rewards, values, dones: (T, N); dones[t] is 1 where action t ended the episode (CleanRL: dones[t + 1]). If
-    truncated, rewards[t] contains gamma * V(final observation). next_value: (N,), V after the last step.
-    """
+    truncated, rewards[t] contains gamma * V(final observation). next_value: (N,), V after the last step."""
     nonterminal = 1.0 - dones.to(values.dtype)  # 0 cuts off what follows in the row: it is another episode
     next_values = torch.cat([values[1:], next_value.unsqueeze(0)])  # (T, N)
     deltas = rewards + gamma * next_values * nonterminal - values  # eq. 12
@@ -227,8 +211,7 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     """Loss to minimise, PPO paper eq. 7 and 9, and a dict of detached scalars. All tensors: (M,).
 
     newlogprob, entropy, newvalue: of the current weights; logprobs, values: of those that made the rollout.
-    args: anything with clip_coef, clip_vloss, ent_coef, vf_coef, norm_adv. AssertionError if shapes differ.
-    """
+    args: anything with clip_coef, clip_vloss, ent_coef, vf_coef, norm_adv. AssertionError: shapes differ."""
     shapes = {x.shape for x in (newlogprob, entropy, newvalue, logprobs, advantages, returns, values)}
     assert len(shapes) == 1, f"shapes {shapes} would broadcast"
     logratio = newlogprob - logprobs
@@ -260,12 +243,10 @@ def explained_variance(values, returns):
 def save_checkpoint(path, agent, optimizer, envs, args, iteration):
     """Write what resuming and evaluating need, as tensors and plain numbers only."""
     saved = {"script": Args.exp_name, "args": vars(args) | {"resume": ""}, "iteration": iteration}
-    saved |= {"global_step": iteration * args.num_steps * args.num_envs, "shapes": agent.shapes}
-    saved |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+    saved |= {"global_step": iteration * args.num_steps * args.num_envs, "python_rng": random.getstate()}
+    saved |= {"shapes": agent.shapes, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
     saved |= {"torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
-    generator, keys, *position = np.random.get_state()
-    saved["numpy_rng"] = (generator, torch.from_numpy(keys.astype(np.int64)), *position)
-    saved["python_rng"] = random.getstate()
+    saved["numpy_rng"] = [np.asarray(x).tolist() for x in np.random.get_state()]
     torch.save(saved, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)  # a crash leaves the old file or the new one, never half of one
 
@@ -302,8 +283,7 @@ def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=1_000_000, c
     for _ in tqdm(range(num_episodes), unit="episode"):
         infos = {}
         while "episode" not in infos:
-            obs = agent.normalize(torch.as_tensor(obs))
-            action, *_ = agent.get_action_and_value(obs, deterministic=deterministic)
+            action, *_ = agent.get_action_and_value(agent.normalize(torch.tensor(obs)), None, deterministic)
             obs, _, _, _, infos = envs.step(action.numpy())
         returns.append(infos["episode"]["r"][0])
     envs.close()
@@ -312,25 +292,20 @@ def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=1_000_000, c
 
 def train(args, merged=False, received=()):
     """Train; returns a dict: episodic_return (mean of the last 100 raw ones), global_step, run_dir, agent.
-
-    With args.resume, flags not at their defaults (merged: not at the saved values) override the saved ones. A
-    signal in received ends the run after the iteration. UsageError (a ValueError) for bad input, before
-    anything is written; FloatingPointError for a non-finite loss.
-    """
-    saved, first_iteration = None, 1
-    if args.resume:
-        saved = load_checkpoint(args.resume)
-        first_iteration, old = saved["iteration"] + 1, saved["args"]
-        default = old if merged else vars(Args())
-        new = {name: value for name, value in vars(args).items() if value != default[name]}
+    With args.resume, flags not at their defaults (merged: the saved values) override the saved ones. A signal
+    in received ends the run. UsageError: bad input, nothing written yet; FloatingPointError: nan or inf."""
+    saved = load_checkpoint(args.resume) if args.resume else {}
+    if saved:
+        old = saved["args"]
+        new = {k: v for k, v in vars(args).items() if v != (old if merged else vars(Args()))[k]}
         free = "total_timesteps save_every resume device num_threads track eval_episodes deterministic"
         for k in new.keys() - {*free.split(), "capture_video"}:
             require(new[k] == old[k], f"--{k.replace('_', '-')} {new[k]}: --resume goes on with {old[k]}")
         args = Args(**old | new)
     check_args(args)
     T, N, B = args.num_steps, args.num_envs, args.num_steps * args.num_envs
-    num_iterations, global_step = args.total_timesteps // B, (first_iteration - 1) * B
-    require(first_iteration <= num_iterations, f"--total-timesteps: use at least {global_step + B}")
+    num_iterations, global_step = args.total_timesteps // B, saved.get("global_step", 0)
+    require(global_step < num_iterations * B, f"--total-timesteps: use at least {global_step + B}")
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}".replace("/", "-")
     run_dir = saved["run_dir"] if saved else Path(args.run_dir or f"runs/{name}")
     new = saved or not (run_dir / "checkpoint.pt").exists()
@@ -345,8 +320,7 @@ def train(args, merged=False, received=()):
     envs = make_envs(args, N)
     agent = Agent(envs.single_observation_space.shape, int(envs.single_action_space.n), args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
-    # another seed in every resumed run: it must not play the start of the first one again
-    next_obs = torch.as_tensor(envs.reset(seed=args.seed + global_step)[0], device=device)
+    next_obs = torch.as_tensor(envs.reset(seed=args.seed + global_step)[0], device=device)  # never a replay
     action, *_ = agent.get_action_and_value(agent.normalize(next_obs))  # for its shape and dtype
     if saved:
         agent.load_state_dict(saved["agent"])
@@ -365,13 +339,13 @@ def train(args, merged=False, received=()):
         raise UsageError(f"--run-dir {run_dir}: {error.strerror}, name another one") from error
     if args.track:
         run = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name)
-        importlib.import_module("wandb").init(**run, config=vars(args), sync_tensorboard=True)
+        import_module("wandb").init(**run, config=vars(args), sync_tensorboard=True)
     print(f"{run_dir}: {num_iterations} iterations of {B} steps = {num_iterations * B:,} on {device}")
     bar = tqdm(total=num_iterations * B, initial=global_step, unit="step", unit_scale=True)
     with bar, closing(envs), SummaryWriter(run_dir, purge_step=global_step + 1 if saved else None) as writer:
         writer.add_text("hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
-        start_step, start_time, episodic_return = global_step, time.time(), math.nan
-        for iteration in range(first_iteration, num_iterations + 1):
+        start_step, start_time, score = global_step, time.time(), math.nan
+        for iteration in range(global_step // B + 1, num_iterations + 1):
             # --- 1. learning rate: from learning_rate down to learning_rate / num_iterations [core 4] ---
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = (1 - (iteration - 1) / num_iterations) * args.learning_rate
@@ -381,11 +355,10 @@ def train(args, merged=False, received=()):
             with torch.no_grad():
                 for step in range(T):
                     obs[step] = next_obs
-                    action, logprobs[step], _, values[step] = agent.get_action_and_value(next_obs)
-                    actions[step] = action
-                    next_obs, rollout[0, step], terminated, truncated, infos = envs.step(action.cpu().numpy())
-                    rollout[1, step] = terminated | truncated
-                    cut = truncated & ~terminated
+                    actions[step], logprobs[step], _, values[step] = agent.get_action_and_value(next_obs)
+                    next_obs, rollout[0, step], term, trunc, infos = envs.step(actions[step].cpu().numpy())
+                    rollout[1, step] = term | trunc
+                    cut = trunc & ~term
                     if cut.any():  # [ours 1] time ran out, the task went on: add what V expects of the rest
                         final_obs = torch.as_tensor(np.stack(infos["final_obs"][cut]), device=device)
                         final_value = agent.get_value(agent.normalize(final_obs))  # one per truncated episode
@@ -405,8 +378,7 @@ def train(args, merged=False, received=()):
             order = torch.cat([torch.randperm(B, device=device) for _ in range(args.update_epochs)])
             updates = []
             for mb_inds in order.view(-1, B // args.num_minibatches):  # (M,)
-                # of frames, index_select copies whole rows: much faster than b_obs[mb_inds]
-                mb_obs = b_obs.index_select(0, mb_inds).view(-1, *obs.shape[2:])
+                mb_obs = b_obs.index_select(0, mb_inds).view(-1, *obs.shape[2:])  # faster than [mb_inds]
                 _, newlogprob, entropy, newvalue = agent.get_action_and_value(mb_obs, b_actions[mb_inds])
                 loss, stats = ppo_loss(newlogprob, entropy, newvalue, *(x[mb_inds] for x in b_others), args)
                 # [ours 3] before this step goes too far; never in the first minibatch, whose KL is 0
@@ -434,24 +406,22 @@ def train(args, merged=False, received=()):
             charts |= {"SPS_rollout": B / (update_time - rollout_time), "SPS_update": B / (now - update_time)}
             charts["SPS"] = (global_step - start_step) / (now - start_time)
             if envs.return_queue:  # raw, of the last up to 100 episodes
-                charts["episodic_return"] = episodic_return = float(np.mean(envs.return_queue))
+                charts["episodic_return"] = score = float(np.mean(envs.return_queue))
                 charts["episodic_length"] = np.mean(envs.length_queue)
             losses = {"policy_loss": means.pop("pg_loss"), "value_loss": means.pop("v_loss"), **means}
             losses["explained_variance"] = explained_variance(values, returns)
             for group, metrics in ("charts", charts), ("losses", losses):
                 for key, value in metrics.items():
                     writer.add_scalar(f"{group}/{key}", value, global_step)
-            bar.set_postfix_str(f"return {episodic_return:.1f}", refresh=False)
+            bar.set_postfix_str(f"return {score:.1f}", refresh=False)
             bar.update(B)
             if last:
-                break
-    return dict(episodic_return=episodic_return, global_step=global_step, run_dir=run_dir, agent=agent)
+                return dict(episodic_return=score, global_step=global_step, run_dir=run_dir, agent=agent)
 
 
 def main():
     """Train and evaluate, or only --evaluate; end with the commands to type next."""
-    args, received = tyro.cli(Args), []
-    script, stops = f"python {sys.argv[0]}", (signal.SIGINT, signal.SIGTERM)
+    args, script, received = tyro.cli(Args), f"python {sys.argv[0]}", []
     try:
         if args.resume:  # parse again with the saved flags as defaults: only what was typed overrides them
             args = tyro.cli(Args, default=Args(**load_checkpoint(args.resume)["args"]))
@@ -459,13 +429,13 @@ def main():
         torch.set_num_threads(args.num_threads or torch.get_num_threads())
         checkpoint = args.evaluate
         if not checkpoint:
-            for stop in stops:  # the first one ends the iteration, a second one the process
+            for stop in (signal.SIGINT, signal.SIGTERM):  # one ends the iteration, a second one the process
                 signal.signal(stop, lambda s, _: (received.append(s), signal.signal(s, signal.SIG_DFL)))
             checkpoint = train(args, True, received)["run_dir"] / "checkpoint.pt"
             if received:
                 print(f"stopped by signal {received[0]}, go on with: {script} --resume {checkpoint}")
                 sys.exit(128 + received[0])
-            for stop in stops:
+            for stop in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(stop, signal.SIG_DFL)
         if args.evaluate or args.eval_episodes:
             how = args.deterministic, 1_000_000 + args.seed, args.capture_video
@@ -479,11 +449,9 @@ def main():
         saved = load_checkpoint(checkpoint)
         print(f"train on:    {script} --resume {checkpoint} --total-timesteps {2 * saved['global_step']}")
         print(f"look at it:  tensorboard --logdir {saved['run_dir']} (and videos/ in there)")
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except FloatingPointError as error:
-        sys.exit(f"stopped: {error}")  # exit code 1
+    except (UsageError, FloatingPointError) as error:
+        print(f"{'error' if isinstance(error, UsageError) else 'stopped'}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 if __name__ == "__main__":

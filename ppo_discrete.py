@@ -4,15 +4,12 @@
 #                 "tqdm==4.70.1", "moviepy==2.2.1", "pygame-ce==2.5.8"]
 # ///
 """PPO for Discrete actions and vector observations, the whole algorithm in one file. Try --help.
-
 Measured, torch 2.13 on one core of an AMD EPYC: CartPole-v1 500.0 in 44 s (seeds 1, 2, 3: 500.0 each).
 Papers: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02438. Tags in brackets number
 details of https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details and, as "ours", what is new
-against CleanRL's ppo.py. Shapes: T num_steps, N num_envs, B = T * N batch, M minibatch.
-"""
+against CleanRL's ppo.py. Shapes: T num_steps, N num_envs, B = T * N batch, M minibatch."""
 
 import dataclasses
-import importlib
 import math
 import os
 import random
@@ -20,6 +17,7 @@ import signal
 import sys
 import time
 from contextlib import closing
+from importlib import import_module, util
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +26,6 @@ import numpy as np
 import torch
 import tyro
 from torch import nn
-from torch.distributions import Categorical
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -82,8 +79,7 @@ def require(condition, message):
         raise UsageError(message)
 
 
-def check_args(args):
-    """UsageError for flags that cannot work, before anything is started or written."""
+def check_args(args):  # before anything is started or written
     counts = "num_envs num_steps num_minibatches update_epochs hidden_sizes save_every total_timesteps"
     highest = {"gamma": 1, "gae_lambda": 1, "seed": 10**9}
     for name, value in vars(args).items():
@@ -95,9 +91,8 @@ def check_args(args):
     whole = B % parts == 0 and (B > parts or not args.norm_adv)  # the std of one advantage would be nan
     batch = f"--num-steps {args.num_steps} x --num-envs {args.num_envs} = {B} in --num-minibatches {parts}"
     require(whole, f"{batch} must give equal parts of 2 or more (of 1 with --no-norm-adv): change one")
-    find = importlib.util.find_spec
-    require(not args.track or find("wandb"), "--track: pip install wandb")
-    require(not args.capture_video or find("moviepy"), "--capture-video: pip install moviepy")
+    require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
+    require(not args.capture_video or util.find_spec("moviepy"), "--capture-video: pip install moviepy")
     there = args.device in ("auto", "cpu") or getattr(torch, args.device).is_available()
     require(there, f"--device {args.device} is not available to this build of torch: use --device cpu")
 
@@ -105,9 +100,7 @@ def check_args(args):
 def make_envs(args, num_envs, videos=None):
     """num_envs environments as one [core 1], videos: folder for an mp4. UsageError for a bad args.env_id."""
 
-    def make_env():
-        mode = "rgb_array" if videos else None
-        env = gym.make(args.env_id, render_mode=mode, max_episode_steps=args.max_episode_steps or None)
+    def adapt(env):
         if videos:
             os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without a window
             _ = env.reset(), env.render()  # what is missing for pictures shows now
@@ -116,17 +109,16 @@ def make_envs(args, num_envs, videos=None):
         fits = isinstance(actions, gym.spaces.Discrete) and actions.start == 0
         require(fits, f"{name} acts in {actions}, not in Discrete(n): try ppo_continuous.py for a Box")
         require(len(shape) != 3, f"{name} observes pixels {shape}: try ppo_atari.py")
-        # a matrix, a dict of boxes or a Discrete observation becomes one vector
-        return env if len(shape) == 1 else gym.wrappers.FlattenObservation(env)
+        return env if len(shape) == 1 else gym.wrappers.FlattenObservation(env)  # of matrices, dicts
 
-    parallel = args.vectorization == "async" and num_envs > 1
-    vector_env = gym.vector.AsyncVectorEnv if parallel else gym.vector.SyncVectorEnv
     # [ours 2] SAME_STEP resets an episode in the step that ends it. NEXT_STEP, the default, takes one more,
     # with reward 0 and an ignored action: a row of the batch that nobody should learn from
     mode = gym.vector.AutoresetMode.SAME_STEP
+    options = dict(max_episode_steps=args.max_episode_steps or None, render_mode=videos and "rgb_array")
+    options |= dict(wrappers=[adapt], vector_kwargs=dict(copy=False, autoreset_mode=mode))
     errors = Exception if videos else (gym.error.Error, ImportError)  # renderers raise many kinds
     try:
-        envs = vector_env([make_env] * num_envs, copy=False, autoreset_mode=mode)
+        envs = gym.make_vec(args.env_id, num_envs, args.vectorization if num_envs > 1 else "sync", **options)
     except errors as error:  # it names close matches and missing packages
         flags = f"--env-id {args.env_id}" + " --capture-video" * bool(videos)
         raise UsageError(f"{flags}: {' '.join(str(error).split())}") from error
@@ -135,14 +127,12 @@ def make_envs(args, num_envs, videos=None):
 
 
 def layer_init(layer, std=2**0.5, bias_const=0.0):
-    """Orthogonal weights with gain std, constant bias [core 2]."""
-    nn.init.orthogonal_(layer.weight, std)
+    nn.init.orthogonal_(layer.weight, std)  # [core 2] std is their gain
     nn.init.constant_(layer.bias, bias_const)
     return layer
 
 
-def mlp(num_inputs, num_outputs, output_std, args):
-    """Layers of --hidden-sizes with --activation, then a linear one: (N, num_inputs) -> (N, num_outputs)."""
+def mlp(num_inputs, num_outputs, output_std, args):  # (N, num_inputs) -> (N, num_outputs)
     activation = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU}[args.activation]
     layers = []
     for size in args.hidden_sizes:
@@ -170,7 +160,7 @@ class Agent(nn.Module):
 
     def get_action_and_value(self, obs, action=None, deterministic=False):
         """Action (given, sampled or most probable), its log-probability, the policy's entropy, V; (N,)."""
-        dist = Categorical(logits=self.actor(obs), validate_args=False)  # validation is as slow as the actor
+        dist = torch.distributions.Categorical(logits=self.actor(obs), validate_args=False)  # faster without
         if action is None:  # argmax(p / exponential noise) is a sample of p, faster than dist.sample()
             noise = 1.0 if deterministic else torch.empty_like(dist.probs).exponential_()
             action = (dist.probs / noise).argmax(-1)
@@ -181,8 +171,7 @@ def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
     """Generalised advantage estimation [core 5], PPO paper eq. 11 and 12: (advantages, returns), (T, N) each.
 
     rewards, values, dones: (T, N); dones[t] is 1 where action t ended the episode (CleanRL: dones[t + 1]). If
-    truncated, rewards[t] contains gamma * V(final observation). next_value: (N,), V after the last step.
-    """
+    truncated, rewards[t] contains gamma * V(final observation). next_value: (N,), V after the last step."""
     nonterminal = 1.0 - dones.to(values.dtype)  # 0 cuts off what follows in the row: it is another episode
     next_values = torch.cat([values[1:], next_value.unsqueeze(0)])  # (T, N)
     deltas = rewards + gamma * next_values * nonterminal - values  # eq. 12
@@ -196,8 +185,7 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     """Loss to minimise, PPO paper eq. 7 and 9, and a dict of detached scalars. All tensors: (M,).
 
     newlogprob, entropy, newvalue: of the current weights; logprobs, values: of those that made the rollout.
-    args: anything with clip_coef, clip_vloss, ent_coef, vf_coef, norm_adv. AssertionError if shapes differ.
-    """
+    args: anything with clip_coef, clip_vloss, ent_coef, vf_coef, norm_adv. AssertionError: shapes differ."""
     shapes = {x.shape for x in (newlogprob, entropy, newvalue, logprobs, advantages, returns, values)}
     assert len(shapes) == 1, f"shapes {shapes} would broadcast"
     logratio = newlogprob - logprobs
@@ -229,12 +217,10 @@ def explained_variance(values, returns):
 def save_checkpoint(path, agent, optimizer, envs, args, iteration):
     """Write what resuming and evaluating need, as tensors and plain numbers only."""
     saved = {"script": Args.exp_name, "args": vars(args) | {"resume": ""}, "iteration": iteration}
-    saved |= {"global_step": iteration * args.num_steps * args.num_envs, "shapes": agent.shapes}
-    saved |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+    saved |= {"global_step": iteration * args.num_steps * args.num_envs, "python_rng": random.getstate()}
+    saved |= {"shapes": agent.shapes, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
     saved |= {"torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
-    generator, keys, *position = np.random.get_state()
-    saved["numpy_rng"] = (generator, torch.from_numpy(keys.astype(np.int64)), *position)
-    saved["python_rng"] = random.getstate()
+    saved["numpy_rng"] = [np.asarray(x).tolist() for x in np.random.get_state()]
     torch.save(saved, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)  # a crash leaves the old file or the new one, never half of one
 
@@ -271,8 +257,7 @@ def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=1_000_000, c
     for _ in tqdm(range(num_episodes), unit="episode"):
         infos = {}
         while "episode" not in infos:
-            obs = agent.normalize(torch.as_tensor(obs))
-            action, *_ = agent.get_action_and_value(obs, deterministic=deterministic)
+            action, *_ = agent.get_action_and_value(agent.normalize(torch.tensor(obs)), None, deterministic)
             obs, _, _, _, infos = envs.step(action.numpy())
         returns.append(infos["episode"]["r"][0])
     envs.close()
@@ -281,25 +266,20 @@ def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=1_000_000, c
 
 def train(args, merged=False, received=()):
     """Train; returns a dict: episodic_return (mean of the last 100 raw ones), global_step, run_dir, agent.
-
-    With args.resume, flags not at their defaults (merged: not at the saved values) override the saved ones. A
-    signal in received ends the run after the iteration. UsageError (a ValueError) for bad input, before
-    anything is written; FloatingPointError for a non-finite loss.
-    """
-    saved, first_iteration = None, 1
-    if args.resume:
-        saved = load_checkpoint(args.resume)
-        first_iteration, old = saved["iteration"] + 1, saved["args"]
-        default = old if merged else vars(Args())
-        new = {name: value for name, value in vars(args).items() if value != default[name]}
+    With args.resume, flags not at their defaults (merged: the saved values) override the saved ones. A signal
+    in received ends the run. UsageError: bad input, nothing written yet; FloatingPointError: nan or inf."""
+    saved = load_checkpoint(args.resume) if args.resume else {}
+    if saved:
+        old = saved["args"]
+        new = {k: v for k, v in vars(args).items() if v != (old if merged else vars(Args()))[k]}
         free = "total_timesteps save_every resume device num_threads track eval_episodes deterministic"
         for k in new.keys() - {*free.split(), "capture_video"}:
             require(new[k] == old[k], f"--{k.replace('_', '-')} {new[k]}: --resume goes on with {old[k]}")
         args = Args(**old | new)
     check_args(args)
     T, N, B = args.num_steps, args.num_envs, args.num_steps * args.num_envs
-    num_iterations, global_step = args.total_timesteps // B, (first_iteration - 1) * B
-    require(first_iteration <= num_iterations, f"--total-timesteps: use at least {global_step + B}")
+    num_iterations, global_step = args.total_timesteps // B, saved.get("global_step", 0)
+    require(global_step < num_iterations * B, f"--total-timesteps: use at least {global_step + B}")
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}".replace("/", "-")
     run_dir = saved["run_dir"] if saved else Path(args.run_dir or f"runs/{name}")
     new = saved or not (run_dir / "checkpoint.pt").exists()
@@ -313,8 +293,7 @@ def train(args, merged=False, received=()):
     envs = make_envs(args, N)
     agent = Agent(envs.single_observation_space.shape, int(envs.single_action_space.n), args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
-    # another seed in every resumed run: it must not play the start of the first one again
-    next_obs = torch.as_tensor(envs.reset(seed=args.seed + global_step)[0], device=device)
+    next_obs = torch.as_tensor(envs.reset(seed=args.seed + global_step)[0], device=device)  # never a replay
     action, *_ = agent.get_action_and_value(agent.normalize(next_obs))  # for its shape and dtype
     if saved:
         agent.load_state_dict(saved["agent"])
@@ -333,13 +312,13 @@ def train(args, merged=False, received=()):
         raise UsageError(f"--run-dir {run_dir}: {error.strerror}, name another one") from error
     if args.track:
         run = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name)
-        importlib.import_module("wandb").init(**run, config=vars(args), sync_tensorboard=True)
+        import_module("wandb").init(**run, config=vars(args), sync_tensorboard=True)
     print(f"{run_dir}: {num_iterations} iterations of {B} steps = {num_iterations * B:,} on {device}")
     bar = tqdm(total=num_iterations * B, initial=global_step, unit="step", unit_scale=True)
     with bar, closing(envs), SummaryWriter(run_dir, purge_step=global_step + 1 if saved else None) as writer:
         writer.add_text("hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
-        start_step, start_time, episodic_return = global_step, time.time(), math.nan
-        for iteration in range(first_iteration, num_iterations + 1):
+        start_step, start_time, score = global_step, time.time(), math.nan
+        for iteration in range(global_step // B + 1, num_iterations + 1):
             # --- 1. learning rate: from learning_rate down to learning_rate / num_iterations [core 4] ---
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = (1 - (iteration - 1) / num_iterations) * args.learning_rate
@@ -349,11 +328,10 @@ def train(args, merged=False, received=()):
             with torch.no_grad():
                 for step in range(T):
                     obs[step] = next_obs
-                    action, logprobs[step], _, values[step] = agent.get_action_and_value(next_obs)
-                    actions[step] = action
-                    next_obs, rollout[0, step], terminated, truncated, infos = envs.step(action.cpu().numpy())
-                    rollout[1, step] = terminated | truncated
-                    cut = truncated & ~terminated
+                    actions[step], logprobs[step], _, values[step] = agent.get_action_and_value(next_obs)
+                    next_obs, rollout[0, step], term, trunc, infos = envs.step(actions[step].cpu().numpy())
+                    rollout[1, step] = term | trunc
+                    cut = trunc & ~term
                     if cut.any():  # [ours 1] time ran out, the task went on: add what V expects of the rest
                         final_obs = torch.as_tensor(np.stack(infos["final_obs"][cut]), device=device)
                         final_value = agent.get_value(agent.normalize(final_obs))  # one per truncated episode
@@ -373,8 +351,7 @@ def train(args, merged=False, received=()):
             order = torch.cat([torch.randperm(B, device=device) for _ in range(args.update_epochs)])
             updates = []
             for mb_inds in order.view(-1, B // args.num_minibatches):  # (M,)
-                # of frames, index_select copies whole rows: much faster than b_obs[mb_inds]
-                mb_obs = b_obs.index_select(0, mb_inds).view(-1, *obs.shape[2:])
+                mb_obs = b_obs.index_select(0, mb_inds).view(-1, *obs.shape[2:])  # faster than [mb_inds]
                 _, newlogprob, entropy, newvalue = agent.get_action_and_value(mb_obs, b_actions[mb_inds])
                 loss, stats = ppo_loss(newlogprob, entropy, newvalue, *(x[mb_inds] for x in b_others), args)
                 # [ours 3] before this step goes too far; never in the first minibatch, whose KL is 0
@@ -402,24 +379,22 @@ def train(args, merged=False, received=()):
             charts |= {"SPS_rollout": B / (update_time - rollout_time), "SPS_update": B / (now - update_time)}
             charts["SPS"] = (global_step - start_step) / (now - start_time)
             if envs.return_queue:  # raw, of the last up to 100 episodes
-                charts["episodic_return"] = episodic_return = float(np.mean(envs.return_queue))
+                charts["episodic_return"] = score = float(np.mean(envs.return_queue))
                 charts["episodic_length"] = np.mean(envs.length_queue)
             losses = {"policy_loss": means.pop("pg_loss"), "value_loss": means.pop("v_loss"), **means}
             losses["explained_variance"] = explained_variance(values, returns)
             for group, metrics in ("charts", charts), ("losses", losses):
                 for key, value in metrics.items():
                     writer.add_scalar(f"{group}/{key}", value, global_step)
-            bar.set_postfix_str(f"return {episodic_return:.1f}", refresh=False)
+            bar.set_postfix_str(f"return {score:.1f}", refresh=False)
             bar.update(B)
             if last:
-                break
-    return dict(episodic_return=episodic_return, global_step=global_step, run_dir=run_dir, agent=agent)
+                return dict(episodic_return=score, global_step=global_step, run_dir=run_dir, agent=agent)
 
 
 def main():
     """Train and evaluate, or only --evaluate; end with the commands to type next."""
-    args, received = tyro.cli(Args), []
-    script, stops = f"python {sys.argv[0]}", (signal.SIGINT, signal.SIGTERM)
+    args, script, received = tyro.cli(Args), f"python {sys.argv[0]}", []
     try:
         if args.resume:  # parse again with the saved flags as defaults: only what was typed overrides them
             args = tyro.cli(Args, default=Args(**load_checkpoint(args.resume)["args"]))
@@ -427,13 +402,13 @@ def main():
         torch.set_num_threads(args.num_threads or torch.get_num_threads())
         checkpoint = args.evaluate
         if not checkpoint:
-            for stop in stops:  # the first one ends the iteration, a second one the process
+            for stop in (signal.SIGINT, signal.SIGTERM):  # one ends the iteration, a second one the process
                 signal.signal(stop, lambda s, _: (received.append(s), signal.signal(s, signal.SIG_DFL)))
             checkpoint = train(args, True, received)["run_dir"] / "checkpoint.pt"
             if received:
                 print(f"stopped by signal {received[0]}, go on with: {script} --resume {checkpoint}")
                 sys.exit(128 + received[0])
-            for stop in stops:
+            for stop in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(stop, signal.SIG_DFL)
         if args.evaluate or args.eval_episodes:
             how = args.deterministic, 1_000_000 + args.seed, args.capture_video
@@ -447,11 +422,9 @@ def main():
         saved = load_checkpoint(checkpoint)
         print(f"train on:    {script} --resume {checkpoint} --total-timesteps {2 * saved['global_step']}")
         print(f"look at it:  tensorboard --logdir {saved['run_dir']} (and videos/ in there)")
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except FloatingPointError as error:
-        sys.exit(f"stopped: {error}")  # exit code 1
+    except (UsageError, FloatingPointError) as error:
+        print(f"{'error' if isinstance(error, UsageError) else 'stopped'}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 if __name__ == "__main__":
