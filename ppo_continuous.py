@@ -34,7 +34,7 @@ from tqdm import tqdm
 class Args:
     exp_name: str = "ppo_continuous"  # name of the experiment, part of the run directory's name
     seed: int = 1  # seed of torch, numpy, Python's random and the environments
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the CPU, networks this small gain nothing
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the CPU; mps: no, it lacks float64
     num_threads: int = 1  # CPU threads of torch, 0: torch's choice; networks this small gain nothing
     torch_deterministic: bool = True  # on CUDA: only deterministic cuDNN kernels
     track: bool = False  # also log to Weights & Biases (pip install wandb)
@@ -95,8 +95,7 @@ def check_args(args):  # before anything is started or written
     require(whole, f"{batch} must give equal parts of 2 or more (of 1 with --no-norm-adv): change one")
     require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
     require(not args.capture_video or util.find_spec("moviepy"), "--capture-video: pip install moviepy")
-    there = args.device in ("auto", "cpu") or getattr(torch, args.device).is_available()
-    require(args.device != "mps", "--device mps has no float64 for the statistics: use --device cpu")
+    there = args.device in ("auto", "cpu") or (args.device == "cuda" and torch.cuda.is_available())
     require(there, f"--device {args.device} is not available to this build of torch: use --device cpu")
 
 
@@ -215,7 +214,7 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     shapes = {x.shape for x in (newlogprob, entropy, newvalue, logprobs, advantages, returns, values)}
     assert len(shapes) == 1, f"shapes {shapes} would broadcast"
     logratio = newlogprob - logprobs
-    ratio = logratio.exp()  # 1 in the first minibatch: the weights have not moved yet
+    ratio = logratio.exp()  # about 1 in the first minibatch: the weights have not moved yet
     if args.norm_adv:  # [core 7] per minibatch, not per batch
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     # [core 8] clipped surrogate objective, eq. 7: no gain from moving the ratio further than clip_coef
@@ -245,9 +244,10 @@ def save_checkpoint(path, agent, optimizer, envs, args, iteration):
     saved = {"script": Args.exp_name, "args": vars(args) | {"resume": ""}, "iteration": iteration}
     saved |= {"global_step": iteration * args.num_steps * args.num_envs, "python_rng": random.getstate()}
     saved |= {"shapes": agent.shapes, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-    saved |= {"torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+    cuda = torch.cuda.is_initialized()  # to ask would start CUDA in a run on the CPU
+    saved |= {"torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all() if cuda else []}
     saved["numpy_rng"] = [np.asarray(x).tolist() for x in np.random.get_state()]
-    saved["reward_scale"] = torch.tensor([*map(float, vars(envs.rms).values()), *envs.discounted])
+    saved["reward_scale"] = [*map(float, (envs.rms.mean, envs.rms.var, envs.rms.count, *envs.discounted))]
     torch.save(saved, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)  # a crash leaves the old file or the new one, never half of one
 
@@ -269,7 +269,7 @@ def load_agent(checkpoint):
     saved = load_checkpoint(checkpoint)
     agent = Agent(*saved["shapes"], Args(**saved["args"]))
     agent.load_state_dict(saved["agent"])
-    return agent.eval()
+    return agent.eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -325,11 +325,11 @@ def train(args, merged=False, received=()):
     if saved:
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
-        envs.rms.mean, envs.rms.var, envs.rms.count, *envs.discounted[:] = saved["reward_scale"].tolist()
+        envs.rms.mean, envs.rms.var, envs.rms.count, *envs.discounted[:] = saved["reward_scale"]
         random.setstate(saved["python_rng"])
         np.random.set_state(saved["numpy_rng"])
         torch.set_rng_state(saved["torch_rng"])
-        torch.cuda.set_rng_state_all(saved["cuda_rng"])
+        torch.cuda.set_rng_state_all(saved["cuda_rng"][: torch.cuda.device_count()])
     next_obs = agent.normalize(next_obs, update=not saved)  # (N, *obs_shape)
     obs, actions = (torch.zeros((T, *x.shape), dtype=x.dtype, device=device) for x in (next_obs, action))
     logprobs, values = torch.zeros((2, T, N), device=device)
@@ -369,11 +369,11 @@ def train(args, merged=False, received=()):
             global_step += B
 
             # --- 3. advantages ---
+            update_time = time.time()
             rewards, dones = torch.as_tensor(rollout, device=device)  # (T, N) each
             advantages, returns = compute_gae(rewards, values, dones, next_value, args.gamma, args.gae_lambda)
 
             # --- 4. update: every epoch visits the batch in a new order, in equal minibatches [core 6] ---
-            update_time = time.time()
             b_obs, b_actions = obs.view(B, -1), actions.flatten(0, 1)  # (B, ...)
             b_others = [x.flatten() for x in (logprobs, advantages, returns, values)]  # (B,) each
             order = torch.cat([torch.randperm(B, device=device) for _ in range(args.update_epochs)])
@@ -382,7 +382,7 @@ def train(args, merged=False, received=()):
                 mb_obs = b_obs.index_select(0, mb_inds).view(-1, *obs.shape[2:])  # faster than [mb_inds]
                 _, newlogprob, entropy, newvalue = agent.get_action_and_value(mb_obs, b_actions[mb_inds])
                 loss, stats = ppo_loss(newlogprob, entropy, newvalue, *(x[mb_inds] for x in b_others), args)
-                # [ours 3] before this step goes too far; never in the first minibatch, whose KL is 0
+                # [ours 3] before this step goes too far; never in the first minibatch, whose KL is about 0
                 if args.target_kl is not None and updates and stats["approx_kl"] > args.target_kl:
                     break
                 optimizer.zero_grad()
@@ -394,15 +394,15 @@ def train(args, merged=False, received=()):
 
             # --- 5. diagnostics, means over all minibatches [ours 4]: nothing below changes the algorithm ---
             means = {key: torch.stack([u[key] for u in updates]).mean().item() for key in updates[0]}
+            now = time.time()
             if not all(map(math.isfinite, means.values())):  # [ours 5] before such weights are saved
                 suspects = {"observations": obs.sum() + next_obs.sum(), "rewards": rewards.sum(), **means}
                 bad = ", ".join(key for key, x in suspects.items() if not math.isfinite(x))
                 fix = "if observations or rewards, it is --env-id, else lower --learning-rate"
-                raise FloatingPointError(f"not finite: {bad}; {fix}. The last checkpoint is good: {run_dir}")
+                raise FloatingPointError(f"not finite: {bad}; {fix}. Older checkpoints in {run_dir} are good")
             last = iteration == num_iterations or bool(received)  # asked once: a signal may come at any time
             if iteration % args.save_every == 0 or last:
                 save_checkpoint(run_dir / "checkpoint.pt", agent, optimizer, envs, args, iteration)
-            now = time.time()
             charts = {"learning_rate": optimizer.param_groups[0]["lr"], "updates": len(updates)}
             charts |= {"SPS_rollout": B / (update_time - rollout_time), "SPS_update": B / (now - update_time)}
             charts["SPS"] = (global_step - start_step) / (now - start_time)
