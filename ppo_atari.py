@@ -116,9 +116,8 @@ class LearningSignal(gym.wrappers.vector.RecordEpisodeStatistics):
         if self.fire is not None:
             actions = np.where(self.lost, self.fire, actions)
         obs, rewards, terminated, truncated, infos = super().step(actions)
-        lost = (0 < infos["lives"]) & (infos["lives"] < self.lives)  # [atari 3] the game itself goes on
-        self.lost = lost & ~(terminated | truncated)  # where it ended, these are the lives of the next game
-        self.lives = infos["lives"]
+        lost, self.lives = (0 < infos["lives"]) & (infos["lives"] < self.lives), infos["lives"]  # [atari 3]
+        self.lost = lost & ~(terminated | truncated)  # where a game ended, these are the lives of the next
         if self.videos and not self.return_queue:  # the first game
             self.frames.append(self.colour.step(actions)[0][0, -1])  # (210, 160, 3)
         return obs, np.sign(rewards), terminated | self.lost, truncated, infos  # [atari 6]
@@ -149,7 +148,7 @@ def make_envs(args, num_envs, videos=None):
     envs = ale_py.AtariVectorEnv(rom, num_envs, **options, **grey)
     assert envs.autoreset_mode == mode
     colour = dict(img_height=210, img_width=160, grayscale=False, stack_num=1)
-    # the first game once more in colour: with the same seed and actions it is the same game
+    # with the same seed and actions, the first game once more
     colour = ale_py.AtariVectorEnv(rom, 1, **options, **colour) if videos else None
     return LearningSignal(envs, colour, videos)
 

@@ -71,7 +71,7 @@ def test_train_differs_where_the_domain_does(one, other):
 
 @pytest.mark.parametrize("one, other", PAIRS)
 def test_check_args_differs_where_flags_do(one, other):
-    """hidden_sizes, a tuple, is not in the Atari file; mps has no float64 for the statistics of the continuous one."""
+    """hidden_sizes, a tuple, is not in the Atari file; mps lacks the float64 of the continuous one."""
     changed = changed_lines(one, other, "check_args")
     domain = (
         "hidden_sizes|counts =|tuple|isinstance|isfinite|require\\(good|norm_obs|flag =|there = args.device"
