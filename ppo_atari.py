@@ -148,8 +148,7 @@ def make_envs(args, num_envs, videos=None):
     envs = ale_py.AtariVectorEnv(rom, num_envs, **options, **grey)
     assert envs.autoreset_mode == mode
     colour = dict(img_height=210, img_width=160, grayscale=False, stack_num=1)
-    # with the same seed and actions, the first game once more
-    colour = ale_py.AtariVectorEnv(rom, 1, **options, **colour) if videos else None
+    colour = ale_py.AtariVectorEnv(rom, 1, **options, **colour) if videos else None  # the first game again
     return LearningSignal(envs, colour, videos)
 
 
@@ -257,6 +256,7 @@ def load_checkpoint(path):
     """What save_checkpoint wrote to path (or checkpoint.pt in it); UsageError if it is not of this script."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     try:
+        require(path.read_bytes()[:2] == b"PK", "not a zip archive")  # as a bare pickle is not
         saved = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
         require(saved["script"] == Args.exp_name, f"written by {saved['script']}.py")
         _ = Args(**saved["args"]), saved["shapes"], saved["agent"]

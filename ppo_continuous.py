@@ -164,9 +164,8 @@ class Agent(nn.Module):  # Gaussian policy and value function in separate networ
         self.critic = mlp(obs_shape[0], 1, 1.0, args)
         self.actor_mean = mlp(obs_shape[0], action_dim, 0.01, args)  # 0.01: the first means are almost 0
         self.actor_logstd = nn.Parameter(torch.zeros(action_dim))  # [cont 2] the same in every state
-        self.norm_obs, zeros = args.norm_obs, torch.zeros(obs_shape, dtype=torch.float64)
-        start = zeros, zeros + 1, zeros.sum()  # [ours 6] the statistics are saved with the weights
-        self.obs_mean, self.obs_var, self.obs_count = map(nn.Buffer, start)
+        self.norm_obs, zeros = args.norm_obs, torch.zeros(obs_shape, dtype=torch.float64)  # [ours 6] saved:
+        self.obs_mean, self.obs_var, self.obs_count = map(nn.Buffer, (zeros, zeros + 1, zeros.sum()))
 
     def normalize(self, obs, update=False):
         if not self.norm_obs:  # obs: raw ones (N, *obs_shape), result: what the buffer and the networks take
@@ -256,6 +255,7 @@ def load_checkpoint(path):
     """What save_checkpoint wrote to path (or checkpoint.pt in it); UsageError if it is not of this script."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     try:
+        require(path.read_bytes()[:2] == b"PK", "not a zip archive")  # as a bare pickle is not
         saved = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
         require(saved["script"] == Args.exp_name, f"written by {saved['script']}.py")
         _ = Args(**saved["args"]), saved["shapes"], saved["agent"]

@@ -230,6 +230,7 @@ def load_checkpoint(path):
     """What save_checkpoint wrote to path (or checkpoint.pt in it); UsageError if it is not of this script."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     try:
+        require(path.read_bytes()[:2] == b"PK", "not a zip archive")  # as a bare pickle is not
         saved = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
         require(saved["script"] == Args.exp_name, f"written by {saved['script']}.py")
         _ = Args(**saved["args"]), saved["shapes"], saved["agent"]

@@ -768,8 +768,8 @@ MUTANTS = [
         "test_training.py",
         "test_b29_saved_agent_acts_bit_for_bit_like_the_trained_one",
         "ppo_continuous",
-        "map(nn.Buffer, start)",
-        "(nn.Buffer(x, persistent=False) for x in start)",
+        "map(nn.Buffer, (zeros, zeros + 1, zeros.sum()))",
+        "(nn.Buffer(x, persistent=False) for x in (zeros, zeros + 1, zeros.sum()))",
     ),
     (
         "test_training.py",

@@ -305,7 +305,7 @@ def bad_files(good):
     torch.save(saved(good) | {"script": "ppo_other"}, "renamed.pt")
     torch.save({"script": saved(good)["script"]}, "incomplete.pt")
     torch.save(saved(good) | {"more": Payload()}, "payload.pt")
-    Path("payload.pkl").write_bytes(pickle.dumps(Payload(), protocol=2))
+    Path("payload.pkl").write_bytes(pickle.dumps(Payload()))
     return ["missing.pt", *sorted(map(str, Path().iterdir()))]
 
 
