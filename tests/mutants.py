@@ -44,6 +44,7 @@ def main():
 
 
 MUTANTS = [
+    ("test_usage.py", "test_a_file_that_is_no_checkpoint_is_refused", "ppo_discrete", '== b"PK"', '!= b""'),
     (
         "test_equations.py",
         "test_normalize_leaves_frames_as_they_are",
