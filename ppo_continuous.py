@@ -18,6 +18,7 @@ import sys
 import time
 from contextlib import closing
 from importlib import import_module, util
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -51,7 +52,10 @@ class Args:
     num_minibatches: int = 32  # minibatches per epoch
     update_epochs: int = 10  # passes over the batch per iteration
     norm_adv: bool = True  # normalise advantages in each minibatch
+    objective: Literal["clip", "kl-penalty"] = "clip"  # bounds the policy's step by clipping or by a penalty
     clip_coef: float = 0.2  # epsilon of the clipped objective and of the value clipping
+    kl_penalty_coef: float = 1.0  # beta of kl-penalty at the start; doubled or halved after every update
+    kl_penalty_target: float = 0.01  # KL between the policies before and after an update that beta steers to
     clip_vloss: bool = True  # clip the value loss (as openai/baselines does, not in the paper)
     ent_coef: float = 0.0  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss, which has a factor 1/2 of its own
@@ -59,6 +63,8 @@ class Args:
     target_kl: float | None = None  # end the update before a step at an approximate KL above this
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers, actor and critic alike
     activation: Literal["tanh", "relu", "elu", "gelu"] = "tanh"  # after each hidden layer
+    init_log_std: float = 0.0  # log of the standard deviation of actions at the start
+    learn_std: bool = True  # learn it; --no-learn-std keeps it at the start
     max_episode_steps: int = 0  # truncate episodes after so many steps; 0: the environment's own limit
     vectorization: Literal["sync", "async"] = "sync"  # async: a process each, for steps above 1 ms
     norm_obs: bool = True  # normalise observations by their running mean and std, clip them to 10
@@ -85,7 +91,7 @@ def check_args(args):  # before anything is started or written
     counts = "num_envs num_steps num_minibatches update_epochs hidden_sizes save_every total_timesteps"
     highest = {"gamma": 1, "gae_lambda": 1, "seed": 10**9}
     for name, value in vars(args).items():
-        low, high = int(name in counts.split()), highest.get(name, math.inf)
+        low, high = int(name in counts.split()) - 20 * (name == "init_log_std"), highest.get(name, math.inf)
         for x in value if isinstance(value, tuple) else [value]:
             good = not isinstance(x, int | float) or (low <= x <= high and math.isfinite(x))
             require(good, f"--{name.replace('_', '-')} {x}: use a finite number from {low} to {high}")
@@ -99,14 +105,13 @@ def check_args(args):  # before anything is started or written
     require(there, f"--device {args.device} is not available to this build of torch: use --device cpu")
 
 
-class ClipActionScaleReward(gym.wrappers.vector.RecordEpisodeStatistics):  # which records raw returns
+class ScaleReward(gym.wrappers.vector.RecordEpisodeStatistics):  # which records raw returns
     def __init__(self, envs, args):
         super().__init__(envs)
         self.args, self.rms = args, gym.wrappers.utils.RunningMeanStd(epsilon=0)  # [cont 8] one for all
         self.discounted = np.zeros(self.num_envs)  # (N,) sum of gamma^k * reward over the episode so far
 
     def step(self, actions):
-        actions = np.clip(actions, self.single_action_space.low, self.single_action_space.high)  # [cont 5]
         obs, rewards, terminated, truncated, infos = super().step(actions)
         if self.args.norm_reward:
             self.discounted = self.args.gamma * self.discounted + rewards
@@ -126,6 +131,7 @@ def make_envs(args, num_envs, videos=None):  # num_envs as one [core 1]; videos:
         fits = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1
         require(fits, f"{name} acts in {actions}, not in a Box of vectors: try ppo_discrete.py")
         require(len(shape) != 3, f"{name} observes pixels {shape}: try ppo_atari.py")
+        env = gym.wrappers.ClipAction(env)  # [cont 5] the buffer keeps what was sampled
         return env if len(shape) == 1 else gym.wrappers.FlattenObservation(env)  # of matrices, dicts
 
     # [ours 2] NEXT_STEP, the default, spends a step of reward 0 on a reset: a row nobody should learn from
@@ -139,7 +145,7 @@ def make_envs(args, num_envs, videos=None):  # num_envs as one [core 1]; videos:
         flags = f"--env-id {args.env_id}" + " --capture-video" * bool(videos)
         raise UsageError(f"{flags}: {' '.join(str(error).split())}") from error
     assert envs.metadata["autoreset_mode"] == mode
-    return ClipActionScaleReward(envs, args)
+    return ScaleReward(envs, args)
 
 
 def layer_init(layer, std=2**0.5, bias_const=0.0):
@@ -150,11 +156,9 @@ def layer_init(layer, std=2**0.5, bias_const=0.0):
 
 def mlp(num_inputs, num_outputs, output_std, args):  # (N, num_inputs) -> (N, num_outputs)
     activation = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU}[args.activation]
-    layers = []
-    for size in args.hidden_sizes:
-        layers += [layer_init(nn.Linear(num_inputs, size)), activation()]
-        num_inputs = size
-    return nn.Sequential(*layers, layer_init(nn.Linear(num_inputs, num_outputs), output_std))
+    sizes = [num_inputs, *args.hidden_sizes]
+    hidden = [x for i, o in pairwise(sizes) for x in (layer_init(nn.Linear(i, o)), activation())]
+    return nn.Sequential(*hidden, layer_init(nn.Linear(sizes[-1], num_outputs), output_std))
 
 
 class Agent(nn.Module):  # Gaussian policy and value function in separate networks [core 13] [cont 4]
@@ -163,7 +167,7 @@ class Agent(nn.Module):  # Gaussian policy and value function in separate networ
         self.shapes = obs_shape, action_dim
         self.critic = mlp(obs_shape[0], 1, 1.0, args)
         self.actor_mean = mlp(obs_shape[0], action_dim, 0.01, args)  # 0.01: the first means are almost 0
-        self.actor_logstd = nn.Parameter(torch.zeros(action_dim))  # [cont 2] the same in every state
+        self.actor_logstd = nn.Parameter(torch.full((action_dim,), args.init_log_std), args.learn_std)
         self.norm_obs, zeros = args.norm_obs, torch.zeros(obs_shape, dtype=torch.float64)  # [ours 6] saved:
         self.obs_mean, self.obs_var, self.obs_count = map(nn.Buffer, (zeros, zeros + 1, zeros.sum()))
 
@@ -184,7 +188,7 @@ class Agent(nn.Module):  # Gaussian policy and value function in separate networ
 
     def get_action_and_value(self, obs, action=None, deterministic=False):
         """Action (given, sampled or the mean), (N, A), its log-probability, the policy's entropy, V; (N,)."""
-        mean = self.actor_mean(obs)
+        mean = self.actor_mean(obs)  # (N, A); it depends on the observation, the std does not [cont 2]
         dist = torch.distributions.Normal(mean, self.actor_logstd.exp(), validate_args=False)  # [cont 1]
         if action is None:
             action = mean if deterministic else dist.sample()
@@ -193,7 +197,6 @@ class Agent(nn.Module):  # Gaussian policy and value function in separate networ
 
 def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
     """Generalised advantage estimation [core 5], PPO paper eq. 11 and 12: (advantages, returns), (T, N) each.
-
     rewards, values, dones: (T, N); dones[t] is 1 where action t ended the episode (CleanRL: dones[t + 1]). If
     truncated, rewards[t] contains gamma * V(final observation). next_value: (N,), V after the last step."""
     nonterminal = 1.0 - dones.to(values.dtype)  # 0 cuts off what follows in the row: it is another episode
@@ -205,20 +208,22 @@ def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
     return advantages, advantages + values
 
 
-def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, values, args):
-    """Loss to minimise, PPO paper eq. 7 and 9, and a dict of detached scalars. All tensors: (M,).
-
+def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, values, args, kl_coef=None):
+    """Loss to minimise, PPO paper eq. 9, and a dict of detached scalars. Tensors: (M,), or AssertionError.
     newlogprob, entropy, newvalue: of the current weights; logprobs, values: of those that made the rollout.
-    args: anything with clip_coef, clip_vloss, ent_coef, vf_coef, norm_adv. AssertionError: shapes differ."""
+    args: anything with clip_coef, clip_vloss, ent_coef, vf_coef, norm_adv. kl_coef: None to clip, or beta."""
     shapes = {x.shape for x in (newlogprob, entropy, newvalue, logprobs, advantages, returns, values)}
     assert len(shapes) == 1, f"shapes {shapes} would broadcast"
     logratio = newlogprob - logprobs
     ratio = logratio.exp()  # about 1 in the first minibatch: the weights have not moved yet
+    kl = ratio - 1 - logratio  # (M,) estimates KL(old || new): http://joschu.net/blog/kl-approx.html
     if args.norm_adv:  # [core 7] per minibatch, not per batch
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    # [core 8] clipped surrogate objective, eq. 7: no gain from moving the ratio further than clip_coef
-    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    pg_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
+    if kl_coef is None:  # [core 8] clipped surrogate objective, eq. 7: no gain from a ratio beyond clip_coef
+        clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        pg_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
+    else:  # eq. 8; kl is unbiased, as is its gradient, since the mean of ratio is 1 whatever the weights
+        pg_loss = (-advantages * ratio + kl_coef * kl).mean()
     v_error = (newvalue - returns) ** 2
     if args.clip_vloss:  # [core 9] the worse of V and of V moved by at most clip_coef
         clipped_value = values + (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
@@ -226,9 +231,9 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     v_loss = 0.5 * v_error.mean()
     entropy_loss = entropy.mean()
     loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss  # [core 10] eq. 9
-    with torch.no_grad():  # [core 12] two estimators of KL(old || new): http://joschu.net/blog/kl-approx.html
+    with torch.no_grad():  # [core 12]
         stats = {"pg_loss": pg_loss.detach(), "v_loss": v_loss.detach(), "entropy": entropy_loss.detach()}
-        stats |= {"old_approx_kl": (-logratio).mean(), "approx_kl": ((ratio - 1) - logratio).mean()}
+        stats |= {"old_approx_kl": (-logratio).mean(), "approx_kl": kl.mean()}
         stats["clipfrac"] = ((ratio - 1).abs() > args.clip_coef).to(ratio.dtype).mean()
     return loss, stats
 
@@ -238,14 +243,14 @@ def explained_variance(values, returns):
     return 1 - (returns - values).var().item() / (returns.var().item() or math.nan)
 
 
-def save_checkpoint(path, agent, optimizer, envs, args, iteration):
+def save_checkpoint(path, agent, optimizer, envs, args, iteration, kl_coef):
     """Write what resuming and evaluating need, as tensors and plain numbers only."""
     saved = {"script": Args.exp_name, "args": vars(args) | {"resume": ""}, "iteration": iteration}
     saved |= {"global_step": iteration * args.num_steps * args.num_envs, "python_rng": random.getstate()}
     saved |= {"shapes": agent.shapes, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
     cuda = torch.cuda.is_initialized()  # to ask would start CUDA in a run on the CPU
     saved |= {"torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all() if cuda else []}
-    saved["numpy_rng"] = [np.asarray(x).tolist() for x in np.random.get_state()]
+    saved |= {"numpy_rng": [np.asarray(x).tolist() for x in np.random.get_state()], "kl_coef": kl_coef}
     saved["reward_scale"] = [*map(float, (envs.rms.mean, envs.rms.var, envs.rms.count, *envs.discounted))]
     torch.save(saved, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)  # a crash leaves the old file or the new one, never half of one
@@ -306,6 +311,7 @@ def train(args, merged=False, received=()):
     check_args(args)
     T, N, B = args.num_steps, args.num_envs, args.num_steps * args.num_envs
     num_iterations, global_step = args.total_timesteps // B, saved.get("global_step", 0)
+    kl_coef = saved.get("kl_coef", args.kl_penalty_coef) if args.objective == "kl-penalty" else None
     require(global_step < num_iterations * B, f"--total-timesteps: use at least {global_step + B}")
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}".replace("/", "-")
     run_dir = saved["run_dir"] if saved else Path(args.run_dir or f"runs/{name}")
@@ -380,8 +386,8 @@ def train(args, merged=False, received=()):
             updates = []
             for mb_inds in order.view(-1, B // args.num_minibatches):  # (M,)
                 mb_obs = b_obs.index_select(0, mb_inds).view(-1, *obs.shape[2:])  # faster than [mb_inds]
-                _, newlogprob, entropy, newvalue = agent.get_action_and_value(mb_obs, b_actions[mb_inds])
-                loss, stats = ppo_loss(newlogprob, entropy, newvalue, *(x[mb_inds] for x in b_others), args)
+                _, *new = agent.get_action_and_value(mb_obs, b_actions[mb_inds])  # logprob, entropy, value
+                loss, stats = ppo_loss(*new, *(x[mb_inds] for x in b_others), args, kl_coef)
                 # [ours 3] before this step goes too far; never in the first minibatch, whose KL is about 0
                 if args.target_kl is not None and updates and stats["approx_kl"] > args.target_kl:
                     break
@@ -391,19 +397,24 @@ def train(args, merged=False, received=()):
                 stats["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), limit)
                 optimizer.step()
                 updates.append(stats)
+            charts = {"learning_rate": optimizer.param_groups[0]["lr"], "updates": len(updates)}
+            if kl_coef is not None:  # PPO paper, section 4: beta follows the KL(old || new) of a whole update
+                with torch.no_grad():
+                    _, *new = agent.get_action_and_value(obs.flatten(0, 1), b_actions)  # (B,) each
+                kl, target = ppo_loss(*new, *b_others, args)[1]["approx_kl"].item(), args.kl_penalty_target
+                charts |= {"kl_coef": kl_coef, "kl": kl}
+                kl_coef *= 2.0 if kl > 1.5 * target else 0.5 if kl < target / 1.5 else 1.0
+                kl_coef = min(max(kl_coef, 1e-6), 1e6)  # so that the way back is never long
 
             # --- 5. diagnostics, means over all minibatches [ours 4]: nothing below changes the algorithm ---
             means = {key: torch.stack([u[key] for u in updates]).mean().item() for key in updates[0]}
             now = time.time()
             if not all(map(math.isfinite, means.values())):  # [ours 5] before such weights are saved
-                suspects = {"observations": obs.sum() + next_obs.sum(), "rewards": rewards.sum(), **means}
-                bad = ", ".join(key for key, x in suspects.items() if not math.isfinite(x))
-                fix = "if observations or rewards, it is --env-id, else lower --learning-rate"
-                raise FloatingPointError(f"not finite: {bad}; {fix}. Older checkpoints in {run_dir} are good")
+                fix = "lower --learning-rate, unless observations or rewards of --env-id are nan or inf"
+                raise FloatingPointError(f"{means}: {fix}. The last checkpoint in {run_dir} is good")
             last = iteration == num_iterations or bool(received)  # asked once: a signal may come at any time
             if iteration % args.save_every == 0 or last:
-                save_checkpoint(run_dir / "checkpoint.pt", agent, optimizer, envs, args, iteration)
-            charts = {"learning_rate": optimizer.param_groups[0]["lr"], "updates": len(updates)}
+                save_checkpoint(run_dir / "checkpoint.pt", agent, optimizer, envs, args, iteration, kl_coef)
             charts |= {"SPS_rollout": B / (update_time - rollout_time), "SPS_update": B / (now - update_time)}
             charts["SPS"] = (global_step - start_step) / (now - start_time)
             charts["action_std"] = agent.actor_logstd.exp().mean().item()
@@ -446,7 +457,6 @@ def main():
             low, high = np.percentile(means, [2.5, 97.5])
             kind = f"{len(returns)} {'deterministic' if args.deterministic else 'sampled'} episodes"
             print(f"{returns.mean():.1f}: mean return of {kind}, 95 % interval {low:.1f} to {high:.1f}")
-        print(f"checkpoint:  {checkpoint}")
         print(f"evaluate it: {script} --evaluate {checkpoint} --eval-episodes 100 --capture-video")
         saved = load_checkpoint(checkpoint)
         print(f"train on:    {script} --resume {checkpoint} --total-timesteps {2 * saved['global_step']}")

@@ -11,13 +11,13 @@ against CleanRL's ppo.py. Shapes: T num_steps, N num_envs, B = T * N batch, M mi
 
 import dataclasses
 import math
-import os
 import random
 import signal
 import sys
 import time
 from contextlib import closing
 from importlib import import_module, util
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -51,7 +51,10 @@ class Args:
     num_minibatches: int = 4  # minibatches per epoch
     update_epochs: int = 4  # passes over the batch per iteration
     norm_adv: bool = True  # normalise advantages in each minibatch
+    objective: Literal["clip", "kl-penalty"] = "clip"  # bounds the policy's step by clipping or by a penalty
     clip_coef: float = 0.2  # epsilon of the clipped objective and of the value clipping
+    kl_penalty_coef: float = 1.0  # beta of kl-penalty at the start; doubled or halved after every update
+    kl_penalty_target: float = 0.01  # KL between the policies before and after an update that beta steers to
     clip_vloss: bool = True  # clip the value loss (as openai/baselines does, not in the paper)
     ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss, which has a factor 1/2 of its own
@@ -61,6 +64,8 @@ class Args:
     activation: Literal["tanh", "relu", "elu", "gelu"] = "tanh"  # after each hidden layer
     max_episode_steps: int = 0  # truncate episodes after so many steps; 0: the environment's own limit
     vectorization: Literal["sync", "async"] = "sync"  # async: a process each, for steps above 1 ms
+    norm_obs: bool = False  # normalise observations by their running mean and std, clip them to 10
+    norm_reward: bool = False  # divide rewards by the running std of the discounted return, clip them to 10
     run_dir: str = ""  # directory to write to; empty: a new runs/<env>__<exp>__<seed>__<time>
     save_every: int = 50  # iterations between checkpoints; the last iteration always writes one
     resume: str = ""  # checkpoint.pt, or its directory, to continue with the flags it was started with
@@ -97,22 +102,34 @@ def check_args(args):  # before anything is started or written
     require(there, f"--device {args.device} is not available to this build of torch: use --device cpu")
 
 
-def make_envs(args, num_envs, videos=None):
-    """num_envs environments as one [core 1], videos: folder for an mp4. UsageError for a bad args.env_id."""
+class ScaleReward(gym.wrappers.vector.RecordEpisodeStatistics):  # which records raw returns
+    def __init__(self, envs, args):
+        super().__init__(envs)
+        self.args, self.rms = args, gym.wrappers.utils.RunningMeanStd(epsilon=0)  # [cont 8] one for all
+        self.discounted = np.zeros(self.num_envs)  # (N,) sum of gamma^k * reward over the episode so far
 
+    def step(self, actions):
+        obs, rewards, terminated, truncated, infos = super().step(actions)
+        if self.args.norm_reward:
+            self.discounted = self.args.gamma * self.discounted + rewards
+            self.rms.update(self.discounted)
+            self.discounted[terminated | truncated] = 0
+            rewards = np.clip(rewards / np.sqrt(self.rms.var + 1e-8), -10, 10)  # [cont 9]
+        return obs, rewards, terminated, truncated, infos
+
+
+def make_envs(args, num_envs, videos=None):  # num_envs as one [core 1]; videos: folder for an mp4
     def adapt(env):
         if videos:
-            os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without a window
             _ = env.reset(), env.render()  # what is missing for pictures shows now
             env = gym.wrappers.RecordVideo(env, videos, episode_trigger=lambda episode: episode == 0)
         actions, shape, name = env.action_space, env.observation_space.shape or (), f"--env-id {args.env_id}"
-        fits = isinstance(actions, gym.spaces.Discrete) and actions.start == 0
+        fits = isinstance(actions, gym.spaces.Discrete | gym.spaces.MultiDiscrete) and not actions.start.any()
         require(fits, f"{name} acts in {actions}, not in Discrete(n): try ppo_continuous.py for a Box")
         require(len(shape) != 3, f"{name} observes pixels {shape}: try ppo_atari.py")
         return env if len(shape) == 1 else gym.wrappers.FlattenObservation(env)  # of matrices, dicts
 
-    # [ours 2] SAME_STEP resets an episode in the step that ends it. NEXT_STEP, the default, takes one more,
-    # with reward 0 and an ignored action: a row of the batch that nobody should learn from
+    # [ours 2] NEXT_STEP, the default, spends a step of reward 0 on a reset: a row nobody should learn from
     mode = gym.vector.AutoresetMode.SAME_STEP
     options = dict(max_episode_steps=args.max_episode_steps or None, render_mode=videos and "rgb_array")
     options |= dict(wrappers=[adapt], vector_kwargs=dict(copy=False, autoreset_mode=mode))
@@ -123,7 +140,7 @@ def make_envs(args, num_envs, videos=None):
         flags = f"--env-id {args.env_id}" + " --capture-video" * bool(videos)
         raise UsageError(f"{flags}: {' '.join(str(error).split())}") from error
     assert envs.metadata["autoreset_mode"] == mode
-    return gym.wrappers.vector.RecordEpisodeStatistics(envs)
+    return ScaleReward(envs, args)
 
 
 def layer_init(layer, std=2**0.5, bias_const=0.0):
@@ -134,29 +151,39 @@ def layer_init(layer, std=2**0.5, bias_const=0.0):
 
 def mlp(num_inputs, num_outputs, output_std, args):  # (N, num_inputs) -> (N, num_outputs)
     activation = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU}[args.activation]
-    layers = []
-    for size in args.hidden_sizes:
-        layers += [layer_init(nn.Linear(num_inputs, size)), activation()]
-        num_inputs = size
-    return nn.Sequential(*layers, layer_init(nn.Linear(num_inputs, num_outputs), output_std))
+    sizes = [num_inputs, *args.hidden_sizes]
+    hidden = [x for i, o in pairwise(sizes) for x in (layer_init(nn.Linear(i, o)), activation())]
+    return nn.Sequential(*hidden, layer_init(nn.Linear(sizes[-1], num_outputs), output_std))
 
 
-class Agent(nn.Module):
-    """Policy and value function in separate networks [core 13]; observations are vectors."""
-
-    def __init__(self, obs_shape, num_actions, args):
+class Agent(nn.Module):  # Categorical policy and value function in separate networks [core 13]
+    def __init__(self, obs_shape, num_actions, args):  # num_actions: n, or of MultiDiscrete one n per branch
         super().__init__()
         self.shapes = obs_shape, num_actions
         self.critic = mlp(obs_shape[0], 1, 1.0, args)
-        self.actor = mlp(obs_shape[0], num_actions, 0.01, args)  # 0.01: the first policy is almost uniform
+        n = np.array(num_actions)
+        shape = *n.shape, int(n.max())  # of the logits: (n,) or (branches, n of the widest)
+        self.actor = mlp(obs_shape[0], math.prod(shape), 0.01, args)  # 0.01: almost uniform at first
+        if n.ndim:  # what a branch lacks against the widest has probability 0, hence no gradient
+            self.actor[-1].bias.data.view(shape)[np.arange(n.max()) >= n[:, None]] = -1e9
+            self.actor.append(nn.Unflatten(-1, shape))
+        self.norm_obs, zeros = args.norm_obs, torch.zeros(obs_shape, dtype=torch.float64)  # [ours 6] saved:
+        self.obs_mean, self.obs_var, self.obs_count = map(nn.Buffer, (zeros, zeros + 1, zeros.sum()))
 
     def normalize(self, obs, update=False):
-        """Raw observations (N, *obs_shape) as the buffer keeps them and the networks take them."""
-        return obs.float()
+        if not self.norm_obs:  # obs: raw ones (N, *obs_shape), result: what the buffer and the networks take
+            return obs.float()
+        if update:  # in the rollout only. Parallel formula of Chan et al. (1979)
+            var, mean = torch.var_mean(obs.double(), dim=0, correction=0)
+            self.obs_count += len(obs)
+            weight, delta = len(obs) / self.obs_count, mean - self.obs_mean
+            self.obs_mean += weight * delta
+            self.obs_var += weight * (var - self.obs_var + (1 - weight) * delta**2)
+        normal = (obs - self.obs_mean) / (self.obs_var + 1e-8).sqrt()  # [cont 6]
+        return normal.clamp(-10, 10).float()  # [cont 7]
 
     def get_value(self, obs):
-        """V of each observation, (N,)."""
-        return self.critic(obs).squeeze(-1)
+        return self.critic(obs).squeeze(-1)  # V of each observation, (N,)
 
     def get_action_and_value(self, obs, action=None, deterministic=False):
         """Action (given, sampled or most probable), its log-probability, the policy's entropy, V; (N,)."""
@@ -164,12 +191,12 @@ class Agent(nn.Module):
         if action is None:  # argmax(p / exponential noise) is a sample of p, faster than dist.sample()
             noise = 1.0 if deterministic else torch.empty_like(dist.probs).exponential_()
             action = (dist.probs / noise).argmax(-1)
-        return action, dist.log_prob(action), dist.entropy(), self.get_value(obs)
+        logprob, entropy = (x.sum(-1) if x.dim() > 1 else x for x in (dist.log_prob(action), dist.entropy()))
+        return action, logprob, entropy, self.get_value(obs)
 
 
 def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
     """Generalised advantage estimation [core 5], PPO paper eq. 11 and 12: (advantages, returns), (T, N) each.
-
     rewards, values, dones: (T, N); dones[t] is 1 where action t ended the episode (CleanRL: dones[t + 1]). If
     truncated, rewards[t] contains gamma * V(final observation). next_value: (N,), V after the last step."""
     nonterminal = 1.0 - dones.to(values.dtype)  # 0 cuts off what follows in the row: it is another episode
@@ -181,20 +208,22 @@ def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
     return advantages, advantages + values
 
 
-def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, values, args):
-    """Loss to minimise, PPO paper eq. 7 and 9, and a dict of detached scalars. All tensors: (M,).
-
+def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, values, args, kl_coef=None):
+    """Loss to minimise, PPO paper eq. 9, and a dict of detached scalars. Tensors: (M,), or AssertionError.
     newlogprob, entropy, newvalue: of the current weights; logprobs, values: of those that made the rollout.
-    args: anything with clip_coef, clip_vloss, ent_coef, vf_coef, norm_adv. AssertionError: shapes differ."""
+    args: anything with clip_coef, clip_vloss, ent_coef, vf_coef, norm_adv. kl_coef: None to clip, or beta."""
     shapes = {x.shape for x in (newlogprob, entropy, newvalue, logprobs, advantages, returns, values)}
     assert len(shapes) == 1, f"shapes {shapes} would broadcast"
     logratio = newlogprob - logprobs
     ratio = logratio.exp()  # about 1 in the first minibatch: the weights have not moved yet
+    kl = ratio - 1 - logratio  # (M,) estimates KL(old || new): http://joschu.net/blog/kl-approx.html
     if args.norm_adv:  # [core 7] per minibatch, not per batch
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    # [core 8] clipped surrogate objective, eq. 7: no gain from moving the ratio further than clip_coef
-    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    pg_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
+    if kl_coef is None:  # [core 8] clipped surrogate objective, eq. 7: no gain from a ratio beyond clip_coef
+        clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        pg_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
+    else:  # eq. 8; kl is unbiased, as is its gradient, since the mean of ratio is 1 whatever the weights
+        pg_loss = (-advantages * ratio + kl_coef * kl).mean()
     v_error = (newvalue - returns) ** 2
     if args.clip_vloss:  # [core 9] the worse of V and of V moved by at most clip_coef
         clipped_value = values + (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
@@ -202,9 +231,9 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     v_loss = 0.5 * v_error.mean()
     entropy_loss = entropy.mean()
     loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss  # [core 10] eq. 9
-    with torch.no_grad():  # [core 12] two estimators of KL(old || new): http://joschu.net/blog/kl-approx.html
+    with torch.no_grad():  # [core 12]
         stats = {"pg_loss": pg_loss.detach(), "v_loss": v_loss.detach(), "entropy": entropy_loss.detach()}
-        stats |= {"old_approx_kl": (-logratio).mean(), "approx_kl": ((ratio - 1) - logratio).mean()}
+        stats |= {"old_approx_kl": (-logratio).mean(), "approx_kl": kl.mean()}
         stats["clipfrac"] = ((ratio - 1).abs() > args.clip_coef).to(ratio.dtype).mean()
     return loss, stats
 
@@ -214,14 +243,15 @@ def explained_variance(values, returns):
     return 1 - (returns - values).var().item() / (returns.var().item() or math.nan)
 
 
-def save_checkpoint(path, agent, optimizer, envs, args, iteration):
+def save_checkpoint(path, agent, optimizer, envs, args, iteration, kl_coef):
     """Write what resuming and evaluating need, as tensors and plain numbers only."""
     saved = {"script": Args.exp_name, "args": vars(args) | {"resume": ""}, "iteration": iteration}
     saved |= {"global_step": iteration * args.num_steps * args.num_envs, "python_rng": random.getstate()}
     saved |= {"shapes": agent.shapes, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
     cuda = torch.cuda.is_initialized()  # to ask would start CUDA in a run on the CPU
     saved |= {"torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all() if cuda else []}
-    saved["numpy_rng"] = [np.asarray(x).tolist() for x in np.random.get_state()]
+    saved |= {"numpy_rng": [np.asarray(x).tolist() for x in np.random.get_state()], "kl_coef": kl_coef}
+    saved["reward_scale"] = [*map(float, (envs.rms.mean, envs.rms.var, envs.rms.count, *envs.discounted))]
     torch.save(saved, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)  # a crash leaves the old file or the new one, never half of one
 
@@ -281,6 +311,7 @@ def train(args, merged=False, received=()):
     check_args(args)
     T, N, B = args.num_steps, args.num_envs, args.num_steps * args.num_envs
     num_iterations, global_step = args.total_timesteps // B, saved.get("global_step", 0)
+    kl_coef = saved.get("kl_coef", args.kl_penalty_coef) if args.objective == "kl-penalty" else None
     require(global_step < num_iterations * B, f"--total-timesteps: use at least {global_step + B}")
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}".replace("/", "-")
     run_dir = saved["run_dir"] if saved else Path(args.run_dir or f"runs/{name}")
@@ -293,13 +324,15 @@ def train(args, merged=False, received=()):
     if args.capture_video:  # what is missing for it shows now, not after the training
         make_envs(args, 1, str(run_dir / "videos")).close()
     envs = make_envs(args, N)
-    agent = Agent(envs.single_observation_space.shape, int(envs.single_action_space.n), args).to(device)
+    shape, space = envs.single_observation_space.shape, envs.single_action_space
+    agent = Agent(shape, getattr(space, "nvec", getattr(space, "n", 0)).tolist(), args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
     next_obs = torch.as_tensor(envs.reset(seed=args.seed + global_step)[0], device=device)  # never a replay
     action, *_ = agent.get_action_and_value(agent.normalize(next_obs))  # for its shape and dtype
     if saved:
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
+        envs.rms.mean, envs.rms.var, envs.rms.count, *envs.discounted[:] = saved["reward_scale"]
         random.setstate(saved["python_rng"])
         np.random.set_state(saved["numpy_rng"])
         torch.set_rng_state(saved["torch_rng"])
@@ -354,8 +387,8 @@ def train(args, merged=False, received=()):
             updates = []
             for mb_inds in order.view(-1, B // args.num_minibatches):  # (M,)
                 mb_obs = b_obs.index_select(0, mb_inds).view(-1, *obs.shape[2:])  # faster than [mb_inds]
-                _, newlogprob, entropy, newvalue = agent.get_action_and_value(mb_obs, b_actions[mb_inds])
-                loss, stats = ppo_loss(newlogprob, entropy, newvalue, *(x[mb_inds] for x in b_others), args)
+                _, *new = agent.get_action_and_value(mb_obs, b_actions[mb_inds])  # logprob, entropy, value
+                loss, stats = ppo_loss(*new, *(x[mb_inds] for x in b_others), args, kl_coef)
                 # [ours 3] before this step goes too far; never in the first minibatch, whose KL is about 0
                 if args.target_kl is not None and updates and stats["approx_kl"] > args.target_kl:
                     break
@@ -365,19 +398,24 @@ def train(args, merged=False, received=()):
                 stats["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), limit)
                 optimizer.step()
                 updates.append(stats)
+            charts = {"learning_rate": optimizer.param_groups[0]["lr"], "updates": len(updates)}
+            if kl_coef is not None:  # PPO paper, section 4: beta follows the KL(old || new) of a whole update
+                with torch.no_grad():
+                    _, *new = agent.get_action_and_value(obs.flatten(0, 1), b_actions)  # (B,) each
+                kl, target = ppo_loss(*new, *b_others, args)[1]["approx_kl"].item(), args.kl_penalty_target
+                charts |= {"kl_coef": kl_coef, "kl": kl}
+                kl_coef *= 2.0 if kl > 1.5 * target else 0.5 if kl < target / 1.5 else 1.0
+                kl_coef = min(max(kl_coef, 1e-6), 1e6)  # so that the way back is never long
 
             # --- 5. diagnostics, means over all minibatches [ours 4]: nothing below changes the algorithm ---
             means = {key: torch.stack([u[key] for u in updates]).mean().item() for key in updates[0]}
             now = time.time()
             if not all(map(math.isfinite, means.values())):  # [ours 5] before such weights are saved
-                suspects = {"observations": obs.sum() + next_obs.sum(), "rewards": rewards.sum(), **means}
-                bad = ", ".join(key for key, x in suspects.items() if not math.isfinite(x))
-                fix = "if observations or rewards, it is --env-id, else lower --learning-rate"
-                raise FloatingPointError(f"not finite: {bad}; {fix}. Older checkpoints in {run_dir} are good")
+                fix = "lower --learning-rate, unless observations or rewards of --env-id are nan or inf"
+                raise FloatingPointError(f"{means}: {fix}. The last checkpoint in {run_dir} is good")
             last = iteration == num_iterations or bool(received)  # asked once: a signal may come at any time
             if iteration % args.save_every == 0 or last:
-                save_checkpoint(run_dir / "checkpoint.pt", agent, optimizer, envs, args, iteration)
-            charts = {"learning_rate": optimizer.param_groups[0]["lr"], "updates": len(updates)}
+                save_checkpoint(run_dir / "checkpoint.pt", agent, optimizer, envs, args, iteration, kl_coef)
             charts |= {"SPS_rollout": B / (update_time - rollout_time), "SPS_update": B / (now - update_time)}
             charts["SPS"] = (global_step - start_step) / (now - start_time)
             if envs.return_queue:  # raw, of the last up to 100 episodes
@@ -419,7 +457,6 @@ def main():
             low, high = np.percentile(means, [2.5, 97.5])
             kind = f"{len(returns)} {'deterministic' if args.deterministic else 'sampled'} episodes"
             print(f"{returns.mean():.1f}: mean return of {kind}, 95 % interval {low:.1f} to {high:.1f}")
-        print(f"checkpoint:  {checkpoint}")
         print(f"evaluate it: {script} --evaluate {checkpoint} --eval-episodes 100 --capture-video")
         saved = load_checkpoint(checkpoint)
         print(f"train on:    {script} --resume {checkpoint} --total-timesteps {2 * saved['global_step']}")

@@ -25,6 +25,12 @@ def script(request):
     return importlib.import_module(request.param)
 
 
+@pytest.fixture(params=NAMES[:2])
+def mlp_script(request):
+    """The two scripts whose observations are vectors."""
+    return importlib.import_module(request.param)
+
+
 @pytest.fixture
 def discrete():
     return importlib.import_module("ppo_discrete")

@@ -44,8 +44,8 @@ class Stub(gym.Env):
     metadata = {"render_modes": ["rgb_array"]}
     observation_space = Box(-math.inf, math.inf, (2,), np.float32)
 
-    def __init__(self, box=False, render_mode=None):
-        self.action_space = Box(-0.3, 0.3, (2,), np.float32) if box else Discrete(3)
+    def __init__(self, box=False, render_mode=None, space=None):
+        self.action_space = space or (Box(-0.3, 0.3, (2,), np.float32) if box else Discrete(3))
         self.render_mode = render_mode
 
     def reset(self, *, seed=None, options=None):
@@ -131,6 +131,14 @@ class Probe(Stub):
     def observe(self):
         value = {"constant": 0, "obs": self.sign, "delay": self.count % 2, "action": 0}[self.kind]
         return np.array([value], np.float32)
+
+
+class Branches(Stub):
+    """Pays for each of the three actions that is right; episodes of one step."""
+
+    def step(self, action):
+        obs, *_ = super().step(action)
+        return obs, float(np.mean(action == [2, 0, 3])), True, False, {}
 
 
 class Observe(Stub):
@@ -234,6 +242,9 @@ STUBS |= {
 }
 STUBS |= {f"{kind.title()}Probe": (Probe, {"kind": kind}) for kind in ("constant", "obs", "delay", "action")}
 STUBS |= {name: (Observe, {"space": space}) for name, space in SPACES.items()}
+gym.register("Branches-v0", entry_point=Branches, kwargs={"space": gym.spaces.MultiDiscrete([3, 1, 4])})
+FROM_1 = gym.spaces.MultiDiscrete([3, 2], start=[0, 1])
+gym.register("BranchesFrom1-v0", entry_point=Branches, kwargs={"space": FROM_1})
 for name, (stub, kwargs) in STUBS.items():
     for suffix, box in ("", False), ("Box", True):
         gym.register(f"{name}{suffix}-v0", entry_point=stub, kwargs=kwargs | {"box": box})

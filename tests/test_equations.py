@@ -19,11 +19,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["ppo_discrete", "ppo_continuous"])
-def mlp_script(request):
-    return importlib.import_module(request.param)
-
-
 @pytest.fixture(params=["ppo_discrete", "ppo_atari"])
 def categorical_script(request):
     return importlib.import_module(request.param)
@@ -215,8 +210,8 @@ def random_minibatch(M=24, dtype=torch.float64):
     return list(x.values())
 
 
-def slow_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, values, args):
-    """PPO paper eq. 7 and 9 with clipped values, sample by sample in Python floats: loss and stats."""
+def slow_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, values, args, kl_coef=None):
+    """PPO paper eq. 7 or 8, and 9, with clipped values, sample by sample in Python floats: loss and stats."""
     M, eps = len(returns), args.clip_coef
     if args.norm_adv:
         mean = sum(advantages) / M
@@ -226,7 +221,10 @@ def slow_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, valu
     for m in range(M):
         difference, A = newlogprob[m] - logprobs[m], advantages[m]
         ratio = math.exp(difference)
-        s["pg_loss"] -= min(ratio * A, min(max(ratio, 1 - eps), 1 + eps) * A) / M
+        if kl_coef is None:
+            s["pg_loss"] -= min(ratio * A, min(max(ratio, 1 - eps), 1 + eps) * A) / M
+        else:
+            s["pg_loss"] -= (ratio * A - kl_coef * (ratio - 1 - difference)) / M
         error = (newvalue[m] - returns[m]) ** 2
         if args.clip_vloss:
             clipped = min(max(newvalue[m], values[m] - eps), values[m] + eps)
@@ -239,27 +237,54 @@ def slow_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, valu
     return s["pg_loss"] - args.ent_coef * s["entropy"] + args.vf_coef * s["v_loss"], s
 
 
+@pytest.mark.parametrize("kl_coef", [None, 0.0, 0.3, 4.0])
 @pytest.mark.parametrize("norm_adv, clip_vloss", SWITCHES)
-def test_loss_and_stats_equal_a_slow_loop(script, norm_adv, clip_vloss):
+def test_loss_and_stats_equal_a_slow_loop(script, norm_adv, clip_vloss, kl_coef):
     flags = dict(norm_adv=norm_adv, clip_vloss=clip_vloss, ent_coef=0.03, vf_coef=0.7)
     for clip_coef in 4 * [0.1, 0.2, 0.4]:
         args, inputs = loss_args(script, clip_coef=clip_coef, **flags), random_minibatch()
-        loss, stats = script.ppo_loss(*inputs, args)
-        expected_loss, expected = slow_loss(*(x.tolist() for x in inputs), args)
+        loss, stats = script.ppo_loss(*inputs, args, kl_coef)
+        expected_loss, expected = slow_loss(*(x.tolist() for x in inputs), args, kl_coef)
         assert 0 < expected["clipfrac"] < 1
         assert loss.item() == pytest.approx(expected_loss, abs=1e-12)
         got = {key: stats[key].item() for key in expected}
         assert got == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("kl_coef", [None, 4.0])
 @pytest.mark.parametrize("norm_adv, clip_vloss", SWITCHES)
-def test_loss_gradient_equals_finite_differences(script, norm_adv, clip_vloss):
+def test_loss_gradient_equals_finite_differences(script, norm_adv, clip_vloss, kl_coef):
     args = loss_args(script, norm_adv=norm_adv, clip_vloss=clip_vloss, ent_coef=0.03, vf_coef=0.7)
     *new, logprobs, advantages, returns, values = random_minibatch()
     new = [x.requires_grad_() for x in new]
     assert torch.autograd.gradcheck(
-        lambda *new: script.ppo_loss(*new, logprobs, advantages, returns, values, args)[0], new
+        lambda *new: script.ppo_loss(*new, logprobs, advantages, returns, values, args, kl_coef)[0], new
     )
+
+
+@pytest.mark.parametrize("ratio, penalty, gradient", [(1.0, 0.0, 0.0), (1.5, 0.5 - math.log(1.5), 0.5)])
+def test_kl_penalty_by_hand(script, ratio, penalty, gradient):
+    """Eq. 8: -r A + beta (r - 1 - log r), derivative by log r: -r A + beta (r - 1); nothing is clipped."""
+    newlogprob = double([math.log(ratio)]).requires_grad_()
+    inputs = newlogprob, *(double([x]) for x in (0, 0, 0, 2, 0, 0))  # advantage 2
+    loss, stats = script.ppo_loss(*inputs, loss_args(script, clip_coef=1e-3), kl_coef=3.0)
+    loss.backward()
+    assert loss.item() == stats["pg_loss"].item() == pytest.approx(-2 * ratio + 3 * penalty)
+    assert newlogprob.grad.item() == pytest.approx(-2 * ratio + 3 * gradient)
+
+
+def test_kl_penalty_and_its_gradient_are_exact_on_average(script):
+    """Actions as often as the old policy plays them, 1, 3, 4 times in 8: KL(old || new), not the reverse."""
+    old, new = double([1, 3, 4]) / 8, double([0.5, -0.2, 0.9]).requires_grad_()
+    actions = torch.tensor([0, 1, 1, 1, 2, 2, 2, 2])
+    zeros = torch.zeros(8, dtype=torch.float64)
+    inputs = new.log_softmax(0)[actions], zeros, zeros, old.log()[actions], zeros, zeros, zeros
+    loss, stats = script.ppo_loss(*inputs, loss_args(script), kl_coef=1.0)
+    exact = torch.nn.functional.kl_div(new.log_softmax(0), old, reduction="sum")
+    assert loss.item() == pytest.approx(exact.item()) == stats["approx_kl"].item()
+    got, expected = (torch.autograd.grad(x, new, retain_graph=True)[0] for x in (loss, exact))
+    assert got.abs().max() > 0.05
+    torch.testing.assert_close(got, expected)
 
 
 def test_loss_of_unmoved_policy_is_minus_the_mean_advantage(script):
@@ -433,7 +458,8 @@ def test_b18_every_epoch_learns_from_the_same_constants(script, monkeypatch):
         return rollouts[-1]
 
     def spy_loss(newlogprob, entropy, newvalue, *rest):
-        *constants, _ = rest
+        *constants, _, kl_coef = rest
+        assert kl_coef is None
         assert newlogprob.requires_grad and newvalue.requires_grad
         assert not any(x.requires_grad for x in constants)
         epochs.append(torch.stack(constants[1:3]))  # (2, M) advantages, returns
@@ -783,15 +809,85 @@ def test_activation_follows_every_hidden_layer_and_no_output(mlp_script, activat
         assert torch.allclose(mean, policy, atol=1e-4)
 
 
+# --- several discrete actions at once ---
+
+BRANCHES = [3, 1, 4]
+
+
+@torch.no_grad()
+def branch_logprobs(agent, obs):
+    """Log-probabilities of each branch by its own rows of the output layer: a list of (N, n)."""
+    weight, bias = (x.view(len(BRANCHES), max(BRANCHES), -1) for x in agent.actor[-2].parameters())
+    features = agent.actor[:-2](obs)
+    rows = [(w[:n], b[:n, 0]) for w, b, n in zip(weight, bias, BRANCHES, strict=True)]
+    return [(features @ w.T + b).log_softmax(-1) for w, b in rows]
+
+
+def test_b12_log_probability_is_summed_over_the_branches(discrete):
+    agent, obs = make_agent(discrete, BRANCHES), 3 * torch.randn(50, 5)
+    nn.init.normal_(agent.actor[-2].weight)
+    action, logprob, entropy, value = agent.get_action_and_value(obs)
+    assert action.shape == (50, 3) and value.shape == logprob.shape == entropy.shape == (50,)
+    logprobs = branch_logprobs(agent, obs)
+    expected = sum(x.gather(1, action[:, [k]])[:, 0] for k, x in enumerate(logprobs))
+    torch.testing.assert_close(logprob, expected)
+    torch.testing.assert_close(agent.get_action_and_value(obs, action)[1], expected)
+    torch.testing.assert_close(entropy, sum(-(x.exp() * x).sum(-1) for x in logprobs))  # B13
+    best, *_ = agent.get_action_and_value(obs, deterministic=True)
+    assert torch.equal(best, torch.stack([x.argmax(-1) for x in logprobs], 1))
+
+
+def test_branches_are_sampled_as_often_as_they_are_probable_and_never_beyond_their_size(discrete):
+    agent = make_agent(discrete, BRANCHES)
+    nn.init.normal_(agent.actor[-2].weight)
+    obs = torch.randn(1, 5)
+    actions, *_ = agent.get_action_and_value(obs.expand(20_000, 5))
+    for k, logprobs in enumerate(branch_logprobs(agent, obs)):
+        frequencies = torch.bincount(actions[:, k]) / len(actions)
+        torch.testing.assert_close(frequencies, logprobs[0].exp(), rtol=0, atol=0.02)
+
+
+def test_no_gradient_moves_what_a_branch_lacks(discrete):
+    """Surplus outputs keep their weights and their bias, and no gradient is nan."""
+    agent, obs = make_agent(discrete, BRANCHES), torch.randn(50, 5)
+    action, *_ = agent.get_action_and_value(obs)
+    _, logprob, entropy, _ = agent.get_action_and_value(obs, action)
+    (logprob.mean() + entropy.mean()).backward()
+    lacking = torch.arange(4) >= torch.tensor(BRANCHES)[:, None]  # (3, 4)
+    for x in agent.actor[-2].parameters():
+        norms = x.grad.view(3, 4, -1).norm(dim=-1)
+        assert norms.isfinite().all() and (norms[lacking] == 0).all() and (norms[~lacking][:3] > 0).all()
+
+
+# --- standard deviation ---
+
+
+def test_init_log_std_is_the_log_of_the_standard_deviation(continuous):
+    agent = make_agent(continuous, init_log_std=-0.5)
+    set_policy(agent, [1.0, -1.0, 0.0, 0.0])
+    action, logprob, entropy, _ = agent.get_action_and_value(torch.randn(20_000, 5))
+    assert action.std(0).tolist() == pytest.approx([math.exp(-0.5)] * 4, rel=0.03)
+    assert entropy[0].item() == pytest.approx(4 * (0.5 * math.log(2 * math.pi * math.e) - 0.5), rel=1e-5)
+
+
+@pytest.mark.parametrize("learn_std", [True, False])
+def test_learn_std_decides_whether_gradients_move_it(continuous, learn_std):
+    agent, obs = make_agent(continuous, init_log_std=-0.5, learn_std=learn_std), torch.randn(6, 5)
+    _, logprob, entropy, _ = agent.get_action_and_value(obs)
+    (logprob + entropy).sum().backward()
+    assert (agent.actor_logstd.grad is not None) == learn_std
+    assert "actor_logstd" in agent.state_dict()
+
+
 # --- running statistics ---
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(1,), (3,)])
 @pytest.mark.parametrize("sizes", [(1, 7, 50, 2), (16, 16, 16), (200, 1, 1, 1)])
-def test_b32_running_statistics_equal_numpy(continuous, dtype, shape, sizes):
+def test_b32_running_statistics_equal_numpy(mlp_script, dtype, shape, sizes):
     """After every batch, for data far from 0 and with a drift."""
-    agent, rows = continuous.Agent(shape, 1, continuous.Args()), []
+    agent, rows = mlp_script.Agent(shape, 1, mlp_script.Args(norm_obs=True)), []
     for i, size in enumerate(sizes):
         batch = (torch.randn(size, *shape, dtype=torch.float64) * (i + 1) + 100 * (i + 1)).to(dtype)
         rows.append(batch.double().numpy())
@@ -802,16 +898,15 @@ def test_b32_running_statistics_equal_numpy(continuous, dtype, shape, sizes):
         np.testing.assert_allclose(agent.obs_var.numpy(), seen.var(0), rtol=1e-9, atol=1e-9)
 
 
-def test_b32_first_batch_of_one_row(continuous):
+def test_b32_first_batch_of_one_row(mlp_script):
     """Nothing of the start values is left: no pseudo-count."""
-    agent = continuous.Agent((2,), 1, continuous.Args())
+    agent = mlp_script.Agent((2,), 1, mlp_script.Args(norm_obs=True))
     agent.normalize(torch.tensor([[3.0, -5.0]]), update=True)
     assert agent.obs_mean.tolist() == [3, -5] and agent.obs_var.tolist() == [0, 0] and agent.obs_count == 1
 
 
 def test_normalize_changes_nothing_without_statistics(mlp_script):
-    flags = {} if mlp_script.__name__ == "ppo_discrete" else {"norm_obs": False}
-    agent, obs = make_agent(mlp_script, **flags), 50 * torch.randn(6, 5, dtype=torch.float64)
+    agent, obs = make_agent(mlp_script, norm_obs=False), 50 * torch.randn(6, 5, dtype=torch.float64)
     for update in (False, True):
         normalized = agent.normalize(obs, update=update)
         assert normalized.dtype == torch.float32 and torch.equal(normalized, obs.float())
@@ -825,8 +920,8 @@ def test_normalize_leaves_frames_as_they_are(atari):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_normalize_subtracts_the_mean_divides_by_the_std_and_clips_at_10(continuous, dtype):
-    agent, seen = make_agent(continuous), 3 * torch.randn(30, 5, dtype=torch.float64) + 7
+def test_normalize_subtracts_the_mean_divides_by_the_std_and_clips_at_10(mlp_script, dtype):
+    agent, seen = make_agent(mlp_script, norm_obs=True), 3 * torch.randn(30, 5, dtype=torch.float64) + 7
     normalized = agent.normalize(seen, update=True)
     mean, std = seen.mean(0), seen.std(0, correction=0)
     assert torch.allclose(normalized.double(), (seen - mean) / std, rtol=0, atol=1e-5)
@@ -836,15 +931,15 @@ def test_normalize_subtracts_the_mean_divides_by_the_std_and_clips_at_10(continu
     assert torch.allclose(normalized, torch.tensor([[-10, -9.9, 0.0, 9.9, 10.0]]), rtol=0, atol=1e-4)
 
 
-def test_normalize_survives_a_constant_observation(continuous):
-    agent = make_agent(continuous)
+def test_normalize_survives_a_constant_observation(mlp_script):
+    agent = make_agent(mlp_script, norm_obs=True)
     assert (agent.normalize(torch.ones(4, 5), update=True) == 0).all()
     assert agent.normalize(torch.zeros(4, 5)).tolist() == [[-10.0] * 5] * 4
 
 
-def test_normalize_moves_the_statistics_only_where_told(continuous):
+def test_normalize_moves_the_statistics_only_where_told(mlp_script):
     """Not by default, not by a network's pass; update=True does."""
-    agent, obs = make_agent(continuous), torch.randn(6, 5) + 3
+    agent, obs = make_agent(mlp_script, norm_obs=True), torch.randn(6, 5) + 3
     agent.normalize(obs, update=True)
     before = {key: x.clone() for key, x in agent.named_buffers()}
     for _ in range(3):

@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import itertools
 import math
+import operator
 import re
 import shlex
 import subprocess
@@ -56,11 +57,10 @@ def test_what_siblings_share_is_identical(one, other, what):
     assert not changed_lines(one, other, what)
 
 
-@pytest.mark.parametrize("what", ["mlp", "RunningMeanStd", "resumed_args"])
-def test_what_some_siblings_share_is_identical(what):
-    owners = [name for name in NAMES if hasattr(module(name), what)]
-    assert len({inspect.getsource(getattr(module(name), what)) for name in owners}) <= 1
-    assert what != "mlp" or owners == list(MLP)
+@pytest.mark.parametrize("what", ["mlp", "ScaleReward", "Agent.normalize", "Agent.get_value"])
+def test_what_vector_siblings_share_is_identical(what):
+    sources = [inspect.getsource(operator.attrgetter(what)(module(name))) for name in MLP]
+    assert sources[0] == sources[1]
 
 
 @pytest.mark.parametrize("one, other", PAIRS)
@@ -71,11 +71,9 @@ def test_train_differs_where_the_domain_does(one, other):
 
 @pytest.mark.parametrize("one, other", PAIRS)
 def test_check_args_differs_where_flags_do(one, other):
-    """hidden_sizes, a tuple, is not in the Atari file; mps lacks the float64 of the continuous one."""
+    """hidden_sizes, a tuple, is not in the Atari file; a log may be negative; mps lacks float64."""
     changed = changed_lines(one, other, "check_args")
-    domain = (
-        "hidden_sizes|counts =|tuple|isinstance|isfinite|require\\(good|norm_obs|flag =|there = args.device"
-    )
+    domain = "hidden_sizes|counts =|tuple|isinstance|isfinite|require\\(good|low, high =|there = args.device"
     assert len(changed) <= 12 and all(re.search(domain, line) for line in changed), "\n".join(changed)
 
 
@@ -93,10 +91,10 @@ def comments_of_flags(name):
 def test_flags_are_in_all_files_or_tied_to_the_domain():
     flags = {name: {field.name for field in dataclasses.fields(module(name).Args)} for name in NAMES}
     common = set.intersection(*flags.values())
-    mlp = {"hidden_sizes", "activation", "vectorization"}
+    mlp = {"hidden_sizes", "activation", "vectorization", "norm_obs", "norm_reward"}
     own = {
         "ppo_discrete": mlp,
-        "ppo_continuous": mlp | {"norm_obs", "norm_reward"},
+        "ppo_continuous": mlp | {"init_log_std", "learn_std"},
         "ppo_atari": {"precision"},
     }
     assert {name: flags[name] - common for name in NAMES} == own
@@ -117,8 +115,8 @@ def test_flags_that_mean_the_same_say_the_same():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_script_has_at_most_460_lines(name):
-    assert len(text(name).splitlines()) <= 460
+def test_a_script_has_at_most_470_lines(name):
+    assert len(text(name).splitlines()) <= 470
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -140,10 +138,11 @@ def test_everything_is_formatted():
 TAGS = {
     **{f"core {n}": NAMES for n in range(1, 13)},
     "core 13": MLP,
-    **{f"cont {n}": ("ppo_continuous",) for n in range(1, 10)},
+    **{f"cont {n}": ("ppo_continuous",) for n in range(1, 6)},
+    **{f"cont {n}": MLP for n in range(6, 10)},
     **{f"atari {n}": ("ppo_atari",) for n in range(1, 10)},
     **{f"ours {n}": NAMES for n in range(1, 6)},
-    "ours 6": ("ppo_continuous",),
+    "ours 6": MLP,
 }
 
 

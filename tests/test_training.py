@@ -4,16 +4,14 @@
 # B17, B24, B25, B32, B35, B41 and B42, of functions, networks and evaluation, are tested in other files.
 # A bug is tested on every script, but for these:
 #
-# discrete    B12, B13           an action has one component
-#             B25, B26           no frames, no lives
-#             B27                rewards are neither clipped nor scaled
-#             B30, B32, B33, B34 nothing is normalised: B29, B31 test weights and stored observations
+# discrete    B25, B26           no frames, no lives
 # continuous  B25, B26           no frames, no lives
 # atari       B12, B13           an action has one component
-#             B30, B32, B33, B34 as for discrete
+#             B30, B32, B33, B34 nothing is normalised: B29, B31 test weights and stored observations
 #             B43                its CNN does not learn a small task in seconds
 #             not finite input   frames and rewards are integers: only a loss can be not finite
 #
+# B12 and B13 of several actions at once are tested in test_equations.py.
 # B39 leaves out environments that overwrite their final observation while they reset: gymnasium forbids that.
 
 import dataclasses
@@ -40,20 +38,16 @@ STUBS = {"ppo_discrete": "stub_envs:{}-v0", "ppo_continuous": "stub_envs:{}Box-v
 GAMES = stub_envs.STORIES | {"Stateless": None}
 
 
-def is_continuous(script):
-    return script.__name__ == "ppo_continuous"
-
-
 def normalised(script):
     """The flags that a test of normalisation adds to those of `train`."""
-    return {"norm_obs": True, "norm_reward": True} if is_continuous(script) else {}
+    return {} if script.__name__ == "ppo_atari" else {"norm_obs": True, "norm_reward": True}
 
 
 @pytest.fixture
 def train(monkeypatch):
     """train(script, environment, iterations, **flags): small, on the named stub or on a real environment.
 
-    What the continuous script normalises stays raw unless a flag says otherwise: numbers can be predicted.
+    Observations and rewards stay raw unless a flag says otherwise: numbers can be predicted.
     """
     numbers = itertools.count()
 
@@ -63,7 +57,7 @@ def train(monkeypatch):
                 kind = type("Game", (stub_envs.FakeAtari,), {"story": GAMES[env]})
                 monkeypatch.setattr(ale_py, "AtariVectorEnv", kind)
             env = STUBS[script.__name__].format(env)
-        raw = {"norm_obs": False, "norm_reward": False} if is_continuous(script) else {}
+        raw = dict.fromkeys(normalised(script), False)
         sizes = dict(
             num_envs=2, num_steps=8, num_minibatches=2, update_epochs=2, run_dir=f"run{next(numbers)}"
         )
@@ -415,6 +409,62 @@ def test_b23_no_target_kl_no_stop(script, train, watch):
     assert len(seen.steps) == 4 and scalars(result)["charts/updates"] == [4]
 
 
+# --- the KL penalty: PPO paper, section 4 ---
+
+PENALTY = dict(objective="kl-penalty", kl_penalty_coef=0.5, kl_penalty_target=2e-4, learning_rate=2e-3)
+
+
+def test_beta_doubles_and_halves_between_updates_and_is_constant_inside_one(script, train, watch):
+    seen = watch(script)
+    logged = scalars(train(script, "Ids", 8, anneal_lr=False, **PENALTY))
+    betas, kls = logged["charts/kl_coef"], logged["charts/kl"]
+    factors = [2 if kl > 1.5 * 2e-4 else 0.5 if kl < 2e-4 / 1.5 else 1 for kl in kls]
+    assert len(set(factors)) >= 2 and betas[0] == 0.5
+    assert betas[1:] == pytest.approx([b * f for b, f in zip(betas, factors, strict=True)][:-1])
+    updates = [call.kl_coef for call in seen.loss if len(call.returns) == 8]  # minibatches
+    assert updates == pytest.approx(np.repeat(betas, 4))
+
+
+def test_beta_follows_the_kl_of_the_whole_batch_after_the_update(script, train, monkeypatch):
+    acted, get = [], script.Agent.get_action_and_value
+
+    def spy(self, obs, action=None, *others):
+        output = get(self, obs, action, *others)
+        acted.append((obs.clone(), (output[0] if action is None else action).clone(), output[1].detach()))
+        return output
+
+    monkeypatch.setattr(script.Agent, "get_action_and_value", spy)
+    result = train(script, "Ids", **PENALTY)
+    rollout = acted[-13:-5]  # 8 steps, then 2 epochs of 2 minibatches, then the whole batch
+    obs, actions, old = (torch.cat(x) for x in zip(*rollout, strict=True))
+    with torch.no_grad():
+        logratio = get(result["agent"], obs, actions)[1] - old
+    expected = (logratio.double().expm1() - logratio.double()).mean().item()
+    assert expected > 1e-6
+    assert scalars(result)["charts/kl"] == pytest.approx([expected], rel=0.02, abs=1e-7)
+
+
+@pytest.mark.parametrize("target, limit", [(0.0, 1e6), (1e3, 1e-6)])
+def test_beta_stays_where_it_can_come_back_from(script, train, target, limit):
+    flags = PENALTY | dict(kl_penalty_target=target, kl_penalty_coef=limit)
+    assert scalars(train(script, "Ids", 3, **flags))["charts/kl_coef"] == pytest.approx([limit] * 3)
+
+
+def test_a_strong_penalty_holds_the_policy_where_it_was(script, train):
+    """Against none at all, with the same data."""
+    flags = PENALTY | dict(update_epochs=10, learning_rate=0.01)
+    weak, strong = (
+        scalars(train(script, "Ids", **flags | {"kl_penalty_coef": x}))["charts/kl"][0] for x in (0, 1e4)
+    )
+    assert 0 <= strong < weak / 4
+
+
+def test_the_clipped_objective_has_no_beta(script, train, watch):
+    seen = watch(script)
+    logged = scalars(train(script, "Ids"))
+    assert {call.kl_coef for call in seen.loss} == {None} and "charts/kl_coef" not in logged
+
+
 def test_losses_are_means_over_all_minibatches(script, train, watch):
     seen = watch(script)
     logged = scalars(train(script, "Ids", 2, learning_rate=0.01))
@@ -457,9 +507,9 @@ def test_b27_learns_from_signs_and_logs_raw_rewards(atari, train, watch):
     assert result["episodic_return"] == 11.0 == scalars(result)["charts/episodic_return"][0]
 
 
-def test_b27_learns_from_scaled_rewards_and_logs_raw_ones(continuous, train, watch):
-    seen = watch(continuous)
-    result = train(continuous, "Points", **normalised(continuous))
+def test_b27_learns_from_scaled_rewards_and_logs_raw_ones(mlp_script, train, watch):
+    seen = watch(mlp_script)
+    result = train(mlp_script, "Points", **normalised(mlp_script))
     assert not {4.0, 7.0} & set(seen.gae[0].rewards.flatten().tolist())
     assert result["episodic_return"] == 11.0 == scalars(result)["charts/episodic_return"][0]
 
@@ -471,52 +521,54 @@ def test_b28_returns_are_not_carried_over_a_truncation(script, train):
     assert scalars(result)["charts/episodic_length"] == [2.5]
 
 
+def scaled_rewards(script, story, num_envs, steps, **flags):
+    """Of the first steps of environments with seeds from 1: a list of (num_envs,) arrays."""
+    args = script.Args(env_id=STUBS[script.__name__].format(story), norm_reward=True, **flags)
+    envs = script.make_envs(args, num_envs)
+    envs.reset(seed=1)
+    actions = np.zeros_like(envs.action_space.sample())
+    return [envs.step(actions)[1] for _ in range(steps)]
+
+
 @pytest.mark.parametrize("story", ["CountTruncated", "CountMinus"])
-def test_b33_reward_scale_is_the_std_of_the_discounted_return(continuous, story):
+def test_b33_reward_scale_is_the_std_of_the_discounted_return(mlp_script, story):
     """gamma 1, truncated at 3: the accumulator goes 1, 2, 3, 1, 2, 3; sign kept, no mean, clipped to +-10."""
     sign = -1 if story == "CountMinus" else 1
-    args = continuous.Args(env_id=f"stub_envs:{story}Box-v0", gamma=1.0)
-    envs = continuous.make_envs(args, 1)
-    envs.reset(seed=0)
-    rewards = [envs.step(np.zeros((1, 2), np.float32))[1][0] for _ in range(6)]
+    rewards = [x[0] for x in scaled_rewards(mlp_script, story, 1, 6, gamma=1.0)]
     sums = [1, 2, 3, 1, 2, 3]
     expected = [sign * min(1 / math.sqrt(np.var(sums[: t + 1]) + 1e-8), 10) for t in range(6)]
     assert rewards == pytest.approx(expected, rel=1e-3)
     assert rewards[0] == 10 * sign
 
 
-def test_b33_reward_scale_uses_gamma(continuous):
-    envs = continuous.make_envs(continuous.Args(env_id="stub_envs:CountTruncatedBox-v0", gamma=0.5), 1)
-    envs.reset(seed=0)
-    rewards = [envs.step(np.zeros((1, 2), np.float32))[1][0] for _ in range(4)]
+def test_b33_reward_scale_uses_gamma(mlp_script):
+    rewards = [x[0] for x in scaled_rewards(mlp_script, "CountTruncated", 1, 4, gamma=0.5)]
     assert rewards[3] == pytest.approx(1 / np.std([1, 1.5, 1.75, 1]), rel=1e-3)
 
 
-def test_b34_all_environments_share_the_reward_scale(continuous):
+def test_b34_all_environments_share_the_reward_scale(mlp_script):
     """Rewards of 10 and 100 in the two environments keep their proportion."""
-    envs = continuous.make_envs(continuous.Args(env_id="stub_envs:CountScaleBox-v0"), 2)
-    envs.reset(seed=1)
-    rewards = [envs.step(np.zeros((2, 2), np.float32))[1] for _ in range(6)]
+    rewards = scaled_rewards(mlp_script, "CountScale", 2, 6)
     sums = np.cumsum([0.99**t for t in range(6)])[:, None] * [10, 100]
     assert rewards[-1] == pytest.approx([10 / np.std(sums), 100 / np.std(sums)], rel=1e-3)
 
 
-def test_b34_all_environments_share_the_observation_statistics(continuous, train, watch):
+def test_b34_all_environments_share_the_observation_statistics(mlp_script, train, watch):
     """Mean and variance are those of all rows of both environments, (2,) numbers each."""
-    result = train(continuous, "CountEndless", **normalised(continuous))
+    result = train(mlp_script, "CountEndless", **normalised(mlp_script))
     rows = np.array([(step, tag) for step in range(9) for tag in (1, 2)])
     saved = statistics(result["agent"])
     np.testing.assert_allclose(saved["mean"], rows.mean(0), rtol=1e-9)
     np.testing.assert_allclose(saved["var"], rows.var(0), rtol=1e-9)
 
 
-def test_no_norm_flags_change_nothing(continuous, train, watch):
-    seen = watch(continuous)
-    agent = train(continuous, "Points", norm_obs=False, norm_reward=False)["agent"]
+def test_no_norm_flags_change_nothing(mlp_script, train, watch):
+    seen = watch(mlp_script)
+    agent = train(mlp_script, "Points", norm_obs=False, norm_reward=False)["agent"]
     assert seen.gae[0].rewards[:, 0].tolist() == [4, 7] * 4
     raw = torch.tensor([[3e5, -7e5]])
     assert torch.equal(agent.normalize(raw, update=True), raw)
-    agent = train(continuous, "Points", norm_obs=True)["agent"]
+    agent = train(mlp_script, "Points", norm_obs=True)["agent"]
     assert agent.normalize(raw).abs().max() == 10
 
 
@@ -569,13 +621,13 @@ def test_b29_saved_agent_acts_bit_for_bit_like_the_trained_one(script, train):
                 [obs, *agent.get_action_and_value(obs), *agent.get_action_and_value(obs, deterministic=True)]
             )
     assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
-    if is_continuous(script):
+    if normalised(script):
         assert not torch.equal(outputs[0][0], raw)  # the statistics are part of it
 
 
-def test_b29_statistics_count_every_row_once(continuous, train):
+def test_b29_statistics_count_every_row_once(mlp_script, train):
     """The first one of each environment and one after each step; final ones of episodes are no rows."""
-    agent = train(continuous, "CountTruncated", 2, **normalised(continuous))["agent"]
+    agent = train(mlp_script, "CountTruncated", 2, **normalised(mlp_script))["agent"]
     assert statistics(agent)["count"] == 2 * (1 + 2 * 8)
 
 
@@ -588,15 +640,15 @@ def test_b29_evaluation_moves_no_statistics(script, train, monkeypatch):
     assert (result["run_dir"] / "checkpoint.pt").read_bytes() == before
 
 
-def test_b30_final_observations_are_normalised_like_all_others(continuous, train, monkeypatch):
-    seen, value = [], continuous.Agent.get_value
+def test_b30_final_observations_are_normalised_like_all_others(mlp_script, train, monkeypatch):
+    seen, value = [], mlp_script.Agent.get_value
 
     def spied(self, obs):
         seen.append((obs.clone(), statistics(self)))
         return value(self, obs)
 
-    monkeypatch.setattr(continuous.Agent, "get_value", spied)
-    train(continuous, "CountTruncated", num_envs=3, num_steps=6, **normalised(continuous))
+    monkeypatch.setattr(mlp_script.Agent, "get_value", spied)
+    train(mlp_script, "CountTruncated", num_envs=3, num_steps=6, **normalised(mlp_script))
     raw = torch.tensor([[3.0, tag] for tag in (1, 2, 3)])  # the final observations of the first episodes
     (_, _), (final, now) = [x for x in seen if x[1]["count"] == 9]  # 1 + 2 rows each: once acted, once valued
     expected = (raw - now["mean"]) / torch.sqrt(now["var"] + 1e-8)
@@ -673,9 +725,11 @@ def test_b37_same_seed_same_run(script, train):
     assert not same(state(a["agent"]), state(other["agent"]))
 
 
-def test_b38_resumed_run_is_the_uninterrupted_one(script, train, monkeypatch):
-    """4 iterations are 2 and 2 more, bit for bit, with all generators in use, statistics and annealing."""
+@pytest.mark.parametrize("objective", ["clip", "kl-penalty"])
+def test_b38_resumed_run_is_the_uninterrupted_one(script, train, monkeypatch, objective):
+    """4 iterations are 2 and 2 more, bit for bit, with all generators in use, statistics, annealing, beta."""
     received, gae, calls = [], script.compute_gae, itertools.count(1)
+    flags = dict(objective=objective, **normalised(script))
 
     def interrupted(*args):
         random.random(), np.random.random(), torch.rand(1)
@@ -684,14 +738,15 @@ def test_b38_resumed_run_is_the_uninterrupted_one(script, train, monkeypatch):
         return gae(*args)
 
     monkeypatch.setattr(script, "compute_gae", interrupted)
-    whole = train(script, "Stateless", 4, **normalised(script))
-    half = train(script, "Stateless", 4, received=received, save_every=3, **normalised(script))
+    whole = train(script, "Stateless", 4, **flags)
+    half = train(script, "Stateless", 4, received=received, save_every=3, **flags)
     assert half["global_step"] == 32
     resumed = resume(script, half)
     assert resumed["global_step"] == 64 and resumed["run_dir"] == half["run_dir"]
     files = [torch.load(x["run_dir"] / "checkpoint.pt", weights_only=True) for x in (whole, resumed)]
     assert same(state(whole["agent"]), state(resumed["agent"]))
-    for key in files[0].keys() - {"args"}:  # optimiser, statistics, generators
+    assert files[0]["kl_coef"] == (None if objective == "clip" else 1 / 16)
+    for key in files[0].keys() - {"args"}:  # optimiser, statistics, generators, beta
         assert plain(files[0][key]) == plain(files[1][key]), key
 
 
@@ -739,12 +794,14 @@ def test_async_processes_give_the_same_run(name, train, request):
 
 
 @pytest.mark.parametrize("name", ["NanReward", "InfReward", "NanObservation", "InfObservation"])
-@pytest.mark.parametrize("module", ["discrete", "continuous", "continuous normalised"])
+@pytest.mark.parametrize(
+    "module", [f"{m}{n}" for m in ("discrete", "continuous") for n in ("", " normalised")]
+)
 def test_not_finite_input_stops_the_run_at_once(module, name, train, watch, request):
-    """In the iteration in which it comes (the second), by its name; the checkpoint of the first stays."""
+    """In the iteration in which it comes (the second), with the losses; the checkpoint of the first stays."""
     script = request.getfixturevalue(module.split()[0])
     seen, flags = watch(script), normalised(script) if "normalised" in module else {}
-    with pytest.raises(FloatingPointError, match=rf"{name[3:].lower()}s?,.* pg_loss"):
+    with pytest.raises(FloatingPointError, match="'v_loss': (nan|inf).*rewards of --env-id"):
         train(script, name, 4, save_every=1, run_dir="run_x", **flags)
     assert len(seen.gae) == 2
     assert torch.load("run_x/checkpoint.pt", weights_only=True)["iteration"] == 1
@@ -823,7 +880,7 @@ def test_checkpoint_holds_tensors_and_plain_values_only(script, train):
 
 def test_checkpoints_come_every_save_every_iterations_and_at_the_end(script, train, monkeypatch):
     saved, save = [], script.save_checkpoint
-    monkeypatch.setattr(script, "save_checkpoint", lambda *a: (saved.append(a[-1]), save(*a)))
+    monkeypatch.setattr(script, "save_checkpoint", lambda *a: (saved.append(a[5]), save(*a)))
     train(script, "Count", 5, save_every=2)
     assert saved == [2, 4, 5]
 
@@ -855,11 +912,13 @@ def test_b43_values_of_probe_environments(name, kind, obs, value, train, request
     assert values.tolist() == pytest.approx(value, abs=0.1)
 
 
+@pytest.mark.parametrize("objective", ["clip", "kl-penalty"])
 @pytest.mark.parametrize("name", ["discrete", "continuous"])
-def test_b43_probe_environment_with_a_best_action(name, train, request):
+def test_b43_probe_environment_with_a_best_action(name, train, request, objective):
     """Action 2, or 0.1 in both components of a Box."""
     script = request.getfixturevalue(name)
-    agent = train(script, "ActionProbe", 40, **PROBE)["agent"]
+    iterations = 40 if objective == "clip" else 80
+    agent = train(script, "ActionProbe", iterations, objective=objective, **PROBE)["agent"]
     action, *_ = agent.get_action_and_value(torch.zeros(1, 1), deterministic=True)
     assert (
         action.item() == 2
@@ -868,10 +927,41 @@ def test_b43_probe_environment_with_a_best_action(name, train, request):
     )
 
 
+def test_b43_best_actions_of_several_branches(discrete, train):
+    """MultiDiscrete, through training, a checkpoint, resuming and evaluation."""
+    flags = PROBE | dict(eval_episodes=0)
+    result = train(discrete, "stub_envs:Branches-v0", 40, **flags)
+    assert result["agent"].shapes[1] == [3, 1, 4] and result["episodic_return"] > 0.9
+    assert discrete.evaluate(result["run_dir"], 3, deterministic=True).tolist() == [1.0] * 3
+    more = resume(discrete, result, total_timesteps=42 * 128)
+    assert more["global_step"] == 42 * 128 and more["episodic_return"] > 0.9
+
+
+@pytest.mark.parametrize("learn_std", [True, False])
+def test_a_fixed_standard_deviation_stays_fixed(continuous, train, learn_std):
+    flags = dict(init_log_std=-0.5, learn_std=learn_std, learning_rate=0.01)
+    result = train(continuous, "ActionProbe", 3, **flags)
+    for agent in result["agent"], continuous.load_agent(result["run_dir"]):
+        assert ((agent.actor_logstd == -0.5).all().item()) != learn_std
+    assert scalars(result)["charts/action_std"][-1] == pytest.approx(
+        math.exp(-0.5), **({"rel": 1e-6} if not learn_std else {"abs": 0.2})
+    )
+
+
 @pytest.mark.slow
-def test_b43_cartpole_is_solved_within_100k_steps(discrete, train):
+def test_b43_halfcheetah_stops_falling_over_with_the_kl_penalty(continuous, train):
+    """A fresh policy returns about -300; the returns after a million steps are in the README."""
+    flags = dict(num_envs=8, num_steps=128, num_minibatches=16, update_epochs=10, learning_rate=1e-3)
+    flags |= dict(objective="kl-penalty", kl_penalty_target=0.02, **normalised(continuous))
+    result = train(continuous, "HalfCheetah-v5", 64, **flags)
+    assert continuous.evaluate(result["run_dir"], 5).mean() > -150
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["clip", "kl-penalty"])
+def test_b43_cartpole_is_solved_within_100k_steps(discrete, train, objective):
     flags = dict(
         num_envs=8, num_steps=128, num_minibatches=4, update_epochs=10, learning_rate=1e-3, ent_coef=0.0
     )
-    result = train(discrete, "CartPole-v1", total_timesteps=100_000, **flags)
+    result = train(discrete, "CartPole-v1", total_timesteps=100_000, objective=objective, **flags)
     assert discrete.evaluate(result["run_dir"], 100).mean() >= 475
