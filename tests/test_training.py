@@ -414,15 +414,23 @@ def test_b23_no_target_kl_no_stop(script, train, watch):
 PENALTY = dict(objective="kl-penalty", kl_penalty_coef=0.5, kl_penalty_target=2e-4, learning_rate=2e-3)
 
 
-def test_beta_doubles_and_halves_between_updates_and_is_constant_inside_one(script, train, watch):
+def test_beta_doubles_and_halves_between_updates_and_is_constant_inside_one(
+    script, train, watch, monkeypatch
+):
+    """Above 1.5 and below 1 / 1.5 times the target; the KL that the whole batch shows is scripted."""
+    real, kls = script.ppo_loss, iter([1.51, 3.0, 1.49, 1.0, 0.68, 0.66, 0.1, 1.6])
+
+    def scripted(*args):
+        loss, stats = real(*args)
+        return loss, stats | ({"approx_kl": torch.tensor(next(kls) * 2e-4)} if len(args[0]) == 16 else {})
+
+    monkeypatch.setattr(script, "ppo_loss", scripted)
     seen = watch(script)
-    logged = scalars(train(script, "Ids", 8, anneal_lr=False, **PENALTY))
-    betas, kls = logged["charts/kl_coef"], logged["charts/kl"]
-    factors = [2 if kl > 1.5 * 2e-4 else 0.5 if kl < 2e-4 / 1.5 else 1 for kl in kls]
-    assert len(set(factors)) >= 2 and betas[0] == 0.5
-    assert betas[1:] == pytest.approx([b * f for b, f in zip(betas, factors, strict=True)][:-1])
-    updates = [call.kl_coef for call in seen.loss if len(call.returns) == 8]  # minibatches
-    assert updates == pytest.approx(np.repeat(betas, 4))
+    logged = scalars(train(script, "Ids", 8, **PENALTY))
+    betas = [0.5, 1.0, 2.0, 2.0, 2.0, 2.0, 1.0, 0.5]
+    assert logged["charts/kl_coef"] == betas
+    assert logged["charts/kl"] == pytest.approx([x * 2e-4 for x in (1.51, 3, 1.49, 1, 0.68, 0.66, 0.1, 1.6)])
+    assert [x.kl_coef for x in seen.loss if len(x.returns) == 8] == list(np.repeat(betas, 4))  # minibatches
 
 
 def test_beta_follows_the_kl_of_the_whole_batch_after_the_update(script, train, monkeypatch):
@@ -435,13 +443,13 @@ def test_beta_follows_the_kl_of_the_whole_batch_after_the_update(script, train, 
 
     monkeypatch.setattr(script.Agent, "get_action_and_value", spy)
     result = train(script, "Ids", **PENALTY)
-    rollout = acted[-13:-5]  # 8 steps, then 2 epochs of 2 minibatches, then the whole batch
+    rollout = acted[1:9]  # the first call only shows what an action is like
     obs, actions, old = (torch.cat(x) for x in zip(*rollout, strict=True))
     with torch.no_grad():
         logratio = get(result["agent"], obs, actions)[1] - old
     expected = (logratio.double().expm1() - logratio.double()).mean().item()
     assert expected > 1e-6
-    assert scalars(result)["charts/kl"] == pytest.approx([expected], rel=0.02, abs=1e-7)
+    assert scalars(result)["charts/kl"] == pytest.approx([expected], rel=1e-3, abs=1e-7)
 
 
 @pytest.mark.parametrize("target, limit", [(0.0, 1e6), (1e3, 1e-6)])
