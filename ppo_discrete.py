@@ -125,7 +125,7 @@ def make_envs(args, num_envs, videos=None):  # num_envs as one [core 1]; videos:
             env = gym.wrappers.RecordVideo(env, videos, episode_trigger=lambda episode: episode == 0)
         actions, shape, name = env.action_space, env.observation_space.shape or (), f"--env-id {args.env_id}"
         fits = isinstance(actions, gym.spaces.Discrete | gym.spaces.MultiDiscrete) and not actions.start.any()
-        require(fits, f"{name} acts in {actions}, not in Discrete(n): try ppo_continuous.py for a Box")
+        require(fits, f"{name} acts in {actions}, not in (Multi)Discrete from 0: try ppo_continuous.py")
         require(len(shape) != 3, f"{name} observes pixels {shape}: try ppo_atari.py")
         return env if len(shape) == 1 else gym.wrappers.FlattenObservation(env)  # of matrices, dicts
 

@@ -175,6 +175,17 @@ def test_the_readme_maps_a_detail_to_its_lines(tag):
     assert len(cells) >= 3 and len(cells[-1].split()) >= 3, "the reason why"
 
 
+def test_why_it_works_links_each_formula_to_the_line_that_computes_it():
+    """[name]: file.py#L1 "code": that line alone has the code; every link is used; 30 lines at most."""
+    (section,) = re.findall(r"^## Why it works\n\n(.*?)\n+(?=## )", readme(), re.M | re.S)
+    links = re.findall(r'^\[(\w+)\]: (ppo_\w+)\.py#L(\d+) "(.+)"$', section, re.M)
+    assert {name for name, *_ in links} == set(re.findall(r"\]\[(\w+)\]", section)) and len(links) >= 8
+    for _, name, number, code in links:
+        found = [i for i, line in enumerate(text(name).splitlines(), 1) if code in line]
+        assert found == [int(number)], code
+    assert len(section.splitlines()) <= 30
+
+
 # --- dependencies ---
 
 PACKAGES = {"ale_py": "ale-py", "pygame": "pygame-ce"}

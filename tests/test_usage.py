@@ -261,7 +261,7 @@ def test_classic_control_draws_with_pygame(discrete, refused, monkeypatch):
         ("ppo_continuous", "CartPole-v1", "ppo_discrete.py"),
         ("ppo_continuous", "Acrobot-v1", "ppo_discrete.py"),
         ("ppo_atari", "CartPole-v1", "ppo_discrete.py"),
-        ("ppo_discrete", "stub_envs:BranchesFrom1-v0", "not in Discrete"),
+        ("ppo_discrete", "stub_envs:BranchesFrom1-v0", "Discrete from 0"),
         ("ppo_discrete", "PixelsDiscrete-v0", "ppo_atari.py"),
         ("ppo_continuous", "PixelsBox-v0", "pixels"),
         ("ppo_discrete", "BreakoutNoFrameskip-v4", "ppo_atari.py"),
