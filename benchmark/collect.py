@@ -1,7 +1,8 @@
-"""Read finished run directories: python benchmark/collect.py benchmark/runs/*
+"""Read finished run directories: python benchmark/collect.py benchmark/runs/* (named <recipe>-<seed>)
 
-Writes benchmark/results.csv (a line per run) and benchmark/curves.png (last-100 return against steps), prints
-the table. Each checkpoint is evaluated with sampled actions on seeds that training never used.
+Puts a line per run into benchmark/results.csv and its learning curve into benchmark/curves.csv, in place of
+older ones of the same recipe and seed, and draws benchmark/recipes.png from the latter. Each checkpoint is
+evaluated on 100 episodes with seeds that training never used, once with sampled and once with best actions.
 """
 
 import csv
@@ -17,26 +18,30 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+EPISODES = 100
 
 
 def collect(run_dir):
-    """One row of results.csv, and the (steps, returns) curve."""
+    """One row of results.csv, and rows of curves.csv: about 100 points of the last-100 mean."""
     saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     script, args = importlib.import_module(saved["script"]), saved["args"]
-    events = EventAccumulator(str(run_dir))
+    recipe = run_dir.name.rpartition("-")[0]
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
-    curve = [(event.step, event.value) for event in events.Scalars("charts/episodic_return")]
-    episodes = 20 if "Pong" in args["env_id"] else 100
-    returns = script.evaluate(run_dir, episodes, seed=1_000_000 + args["seed"])
+    points = events.Scalars("charts/episodic_return")
+    sampled, best = (script.evaluate(run_dir, EPISODES, x, 1_000_000 + args["seed"]) for x in (False, True))
     row = {
+        "recipe": recipe,
         "script": saved["script"],
         "env_id": args["env_id"],
         "seed": args["seed"],
         "steps": saved["global_step"],
-        "last_100_returns": round(curve[-1][1], 2),
-        "evaluated_mean": round(float(returns.mean()), 2),
-        "evaluated_std": round(float(returns.std(ddof=1)), 2),
-        "evaluated_episodes": len(returns),
+        "last_100_returns": round(points[-1].value, 2),
+        "evaluated_mean": round(float(sampled.mean()), 2),
+        "evaluated_std": round(float(sampled.std(ddof=1)), 2),
+        "deterministic_mean": round(float(best.mean()), 2),
+        "deterministic_std": round(float(best.std(ddof=1)), 2),
+        "evaluated_episodes": EPISODES,
         "flags_not_default": " ".join(
             f"{name}={value}"
             for name, value in args.items()
@@ -47,26 +52,54 @@ def collect(run_dir):
         "gymnasium": gymnasium.__version__,
         "python": platform.python_version(),
     }
+    every = max(len(points) // 100, 1)
+    curve = [
+        {"recipe": recipe, "seed": args["seed"], "step": x.step, "return": round(x.value, 2)}
+        for x in points[::-every][::-1]
+    ]
     return row, curve
+
+
+def merge(path, rows):
+    """All rows of a CSV file, those of the same recipe and seed replaced; written back, sorted."""
+    new = {(row["recipe"], str(row["seed"])) for row in rows}
+    old = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+    rows = [row for row in old if (row["recipe"], row["seed"]) not in new] + rows
+    rows.sort(key=lambda row: (row["recipe"], int(row["seed"]), int(row.get("step", 0))))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, max((row.keys() for row in rows), key=len))
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
+
+
+def draw(curves, path):
+    """A panel per recipe, a line per seed."""
+    names = sorted({row["recipe"] for row in curves})
+    columns = min(4, len(names))
+    shape = -(-len(names) // columns), columns
+    figure, axes = plt.subplots(
+        *shape, figsize=(4 * shape[1], 2.6 * shape[0]), layout="constrained", squeeze=False
+    )
+    for axis, name in zip(axes.flat, names, strict=False):
+        for seed in sorted({int(row["seed"]) for row in curves if row["recipe"] == name}):
+            rows = [row for row in curves if row["recipe"] == name and int(row["seed"]) == seed]
+            axis.plot(
+                [int(x["step"]) for x in rows], [float(x["return"]) for x in rows], label=f"seed {seed}"
+            )
+        axis.set(title=name, xlabel="steps", ylabel="last 100 returns")
+        axis.legend()
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    figure.savefig(path, dpi=80)
 
 
 def main():
     results = [collect(Path(name)) for name in sys.argv[1:]]
-    with open(HERE / "results.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, results[0][0])
-        writer.writeheader()
-        writer.writerows(row for row, _ in results)
-    names = sorted({row["env_id"] for row, _ in results})
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), layout="constrained")
-    for name, axis in zip(names, axes, strict=True):
-        for row, curve in results:
-            if row["env_id"] == name:
-                axis.plot(*zip(*curve, strict=True), label=f"seed {row['seed']}")
-        axis.set(title=name, xlabel="steps", ylabel="mean of the last 100 returns")
-        axis.legend()
-    figure.savefig(HERE / "curves.png", dpi=110)
     for row, _ in results:
         print(*row.values(), sep=" | ")
+    merge(HERE / "results.csv", [row for row, _ in results])
+    draw(merge(HERE / "curves.csv", [x for _, curve in results for x in curve]), HERE / "recipes.png")
 
 
 if __name__ == "__main__":

@@ -26,3 +26,14 @@ recipe() {
 recipe halfcheetah ppo_continuous.py --num-steps 512 --num-minibatches 8 --update-epochs 20 \
   --learning-rate 2.0633e-5 --no-anneal-lr --gamma 0.98 --gae-lambda 0.92 --clip-coef 0.1 --no-clip-vloss \
   --ent-coef 0.0004 --vf-coef 1.16 --max-grad-norm 0.8 --activation relu --hidden-sizes 256 256 --init-log-std -2
+recipe swimmer ppo_continuous.py --env-id Swimmer-v5 --gamma 0.9999 --num-envs 4 --num-steps 512 \
+  --no-clip-vloss --vf-coef 1
+recipe pendulum ppo_continuous.py --env-id Pendulum-v1 --total-timesteps 100000 --num-envs 4 --num-steps 256 \
+  --num-minibatches 16 --gamma 0.95 --learning-rate 2e-3
+recipe mountaincar-continuous ppo_continuous.py --env-id MountainCarContinuous-v0 --total-timesteps 20000 \
+  --num-steps 256 --num-minibatches 4 --gamma 0.9999 --gae-lambda 0.9 --no-anneal-lr --ent-coef 0.00429 --init-log-std 1
+recipe mountaincar ppo_discrete.py --env-id MountainCar-v0 --total-timesteps 1000000 --num-envs 16 --num-steps 16 \
+  --gae-lambda 0.98 --learning-rate 3e-4 --no-anneal-lr --ent-coef 0 --no-clip-vloss --vf-coef 1 \
+  --norm-obs --norm-reward
+recipe lunarlander ppo_discrete.py --env-id LunarLander-v3 --total-timesteps 1000000 --num-envs 16 --num-steps 1024 \
+  --num-minibatches 256 --gamma 0.999 --gae-lambda 0.98 --learning-rate 3e-4 --no-anneal-lr --no-clip-vloss --vf-coef 1

@@ -19,6 +19,7 @@ import tomllib
 import pytest
 import torch
 import tyro
+import update_readme
 from conftest import NAMES, ROOT, SCRIPTS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -282,6 +283,27 @@ def test_readme_trainings_run(monkeypatch, capsys):
         assert saved["iteration"] == 2 and "evaluate it" in capsys.readouterr().out
         trained += 1
     assert trained >= 3
+
+
+def recipes():
+    """{name: (script, arguments)} of benchmark/recipes.sh."""
+    script = (ROOT / "benchmark" / "recipes.sh").read_text().replace("\\\n", " ")
+    words = [shlex.split(line) for line in script.splitlines() if line.startswith("recipe ")]
+    return {name: (file.removesuffix(".py"), argv) for _, name, file, *argv in words}
+
+
+def test_the_readme_shows_the_recipes_as_they_were_run():
+    """Each command of recipes.sh is one of the README's, which test_readme_trainings_run starts."""
+    shown = [(name, tyro.cli(module(name).Args, args=argv)) for name, argv in readme_commands()]
+    for recipe, (name, argv) in recipes().items():
+        assert (name, tyro.cli(module(name).Args, args=argv)) in shown, recipe
+        assert f"| `{recipe}` |" in readme(), recipe
+    assert len(recipes()) >= 10
+
+
+def test_numbers_of_the_readme_are_those_of_the_code_and_of_the_results():
+    """Otherwise: python tests/update_readme.py"""
+    assert update_readme.updated(readme()) == readme()
 
 
 def test_the_readme_snippet_acts_with_a_checkpoint():

@@ -1,13 +1,16 @@
-"""Write line numbers into the links of README.md: python tests/update_readme.py
+"""Write line numbers and results into README.md: python tests/update_readme.py
 
-The rows of details point to the lines with their tags, [name]: file.py#L1 "code" to the line with that code.
+The rows of details point to the lines with their tags; [name]: file.py#L1 "code" to the line with that code;
+the rows of recipes, | `name` | ..., get the numbers of benchmark/results.csv, a number per seed.
 """
 
+import csv
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("discrete", "continuous", "atari")
+COLUMNS = ("last_100_returns", "evaluated_mean", "deterministic_mean")
 
 
 def lines_with(path, part):
@@ -24,10 +27,28 @@ def where(tag):
     return " ".join(links)
 
 
-if __name__ == "__main__":
-    readme = ROOT / "README.md"
+def results():
+    """{recipe: cells of the three columns, each with a number per seed}"""
+    with (ROOT / "benchmark/results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    cells = {}
+    for name in {row["recipe"] for row in rows}:
+        runs = sorted((row for row in rows if row["recipe"] == name), key=lambda row: int(row["seed"]))
+        numbers = [[float(run[column]) for run in runs if run[column]] for column in COLUMNS]
+        cells[name] = [", ".join(f"{x:.{int(abs(x) < 1000)}f}" for x in column) for column in numbers]
+    return cells
+
+
+def updated(text):
+    """README.md as it should be."""
     row = re.compile(r"^\| ((?:core|cont|atari|ours) \d+) \|[^|]*\|", re.M)
-    text = row.sub(lambda m: f"| {m[1]} | {where(m[1])} |", readme.read_text())
+    text = row.sub(lambda m: f"| {m[1]} | {where(m[1])} |", text)
     link = re.compile(r'^(\[\w+\]: (\S+\.py)#L)\d+( "(.+)")$', re.M)
     text = link.sub(lambda m: f"{m[1]}{lines_with(m[2], m[4])[0]}{m[3]}", text)
-    readme.write_text(text)
+    row, cells = re.compile(r"^\| `([\w-]+)` \|[^|]*\|[^|]*\|[^|]*\|", re.M), results()
+    return row.sub(lambda m: f"| `{m[1]}` | {' | '.join(cells.get(m[1], ['not measured'] * 3))} |", text)
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(updated(readme.read_text()))
