@@ -35,7 +35,7 @@ def results():
     for name in {row["recipe"] for row in rows}:
         runs = sorted((row for row in rows if row["recipe"] == name), key=lambda row: int(row["seed"]))
         numbers = [[float(run[column]) for run in runs if run[column]] for column in COLUMNS]
-        cells[name] = [", ".join(f"{x:.{int(abs(x) < 1000)}f}" for x in column) for column in numbers]
+        cells[name] = [", ".join(f"{x:.{int(abs(x) < 1000)}f}" for x in column) or "-" for column in numbers]
     return cells
 
 
@@ -45,8 +45,12 @@ def updated(text):
     text = row.sub(lambda m: f"| {m[1]} | {where(m[1])} |", text)
     link = re.compile(r'^(\[\w+\]: (\S+\.py)#L)\d+( "(.+)")$', re.M)
     text = link.sub(lambda m: f"{m[1]}{lines_with(m[2], m[4])[0]}{m[3]}", text)
-    row, cells = re.compile(r"^\| `([\w-]+)` \|[^|]*\|[^|]*\|[^|]*\|", re.M), results()
-    return row.sub(lambda m: f"| `{m[1]}` | {' | '.join(cells.get(m[1], ['not measured'] * 3))} |", text)
+    row, cells = re.compile(r"^\| `([\w-]+)` \|[^|\n]*\|[^|\n]*\|[^|\n]*\|", re.M), results()
+    known = (ROOT / "benchmark/recipes.sh").read_text()
+    cells |= {
+        name: ["not measured"] * 3 for name in re.findall(r"^recipe (\S+)", known, re.M) if name not in cells
+    }
+    return row.sub(lambda m: f"| `{m[1]}` | {' | '.join(cells[m[1]])} |" if m[1] in cells else m[0], text)
 
 
 if __name__ == "__main__":
