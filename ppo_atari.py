@@ -55,7 +55,7 @@ class Args:
     norm_adv: bool = True  # normalise advantages in each minibatch
     objective: Literal["clip", "kl-penalty"] = "clip"  # bounds the policy's step by clipping or by a penalty
     clip_coef: float = 0.1  # epsilon of the clipped objective and of the value clipping
-    kl_penalty_coef: float = 1.0  # beta of kl-penalty at the start; doubled or halved after every update
+    kl_penalty_coef: float = 1.0  # beta of kl-penalty at first; doubles or halves after updates off target
     kl_penalty_target: float = 0.01  # KL between the policies before and after an update that beta steers to
     clip_vloss: bool = True  # clip the value loss (as openai/baselines does, not in the paper)
     ent_coef: float = 0.01  # weight of the entropy bonus
@@ -210,7 +210,7 @@ def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
 
 
 def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, values, args, kl_coef=None):
-    """Loss to minimise, PPO paper eq. 9, and a dict of detached scalars. Tensors: (M,), or AssertionError.
+    """Loss to minimise, PPO paper eq. 9, and a dict of detached scalars. Tensors: (M,), as asserted.
     newlogprob, entropy, newvalue: of the current weights; logprobs, values: of those that made the rollout.
     args: anything with clip_coef, clip_vloss, ent_coef, vf_coef, norm_adv. kl_coef: None to clip, or beta."""
     shapes = {x.shape for x in (newlogprob, entropy, newvalue, logprobs, advantages, returns, values)}
@@ -263,7 +263,7 @@ def load_checkpoint(path):
         require(path.read_bytes()[:2] == b"PK", "not a zip archive")  # as a bare pickle is not
         saved = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
         require(saved["script"] == Args.exp_name, f"written by {saved['script']}.py")
-        _ = Args(**saved["args"]), saved["shapes"], saved["agent"]
+        Agent(*saved["shapes"], Args(**saved["args"])).load_state_dict(saved["agent"])
     except Exception as error:  # torch.load does not say what a damaged file raises
         raise UsageError(f"--resume or --evaluate {path}: not of this script: {error!r:.90}") from error
     return saved | {"run_dir": path.parent}
@@ -302,7 +302,7 @@ def train(args, merged=False, received=()):
     in received ends the run. UsageError: bad input, nothing written yet; FloatingPointError: nan or inf."""
     saved = load_checkpoint(args.resume) if args.resume else {}
     if saved:
-        old = saved["args"]
+        old = vars(Args(**saved["args"]))
         new = {k: v for k, v in vars(args).items() if v != (old if merged else vars(Args()))[k]}
         free = "total_timesteps save_every resume device num_threads track eval_episodes deterministic"
         for k in new.keys() - {*free.split(), "capture_video"}:
@@ -393,10 +393,9 @@ def train(args, merged=False, received=()):
                     break
                 optimizer.zero_grad()
                 loss.backward()
-                limit = args.max_grad_norm or math.inf  # [core 11]
-                stats["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), limit)
+                norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm or math.inf)
                 optimizer.step()
-                updates.append(stats)
+                updates.append(stats | {"grad_norm": norm})  # [core 11] the norm before it was clipped
             charts = {"learning_rate": optimizer.param_groups[0]["lr"], "updates": len(updates)}
             if kl_coef is not None:  # PPO paper, section 4: beta follows the KL(old || new) of a whole update
                 with torch.no_grad():
@@ -411,7 +410,7 @@ def train(args, merged=False, received=()):
             now = time.time()
             if not all(map(math.isfinite, means.values())):  # [ours 5] before such weights are saved
                 fix = "lower --learning-rate, unless observations or rewards of --env-id are nan or inf"
-                raise FloatingPointError(f"{means}: {fix}. The last checkpoint in {run_dir} is good")
+                raise FloatingPointError(f"{means}: {fix}. Checkpoints in {run_dir} are older and good")
             last = iteration == num_iterations or bool(received)  # asked once: a signal may come at any time
             if iteration % args.save_every == 0 or last:
                 save_checkpoint(run_dir / "checkpoint.pt", agent, optimizer, envs, args, iteration, kl_coef)

@@ -54,7 +54,7 @@ class Args:
     norm_adv: bool = True  # normalise advantages in each minibatch
     objective: Literal["clip", "kl-penalty"] = "clip"  # bounds the policy's step by clipping or by a penalty
     clip_coef: float = 0.2  # epsilon of the clipped objective and of the value clipping
-    kl_penalty_coef: float = 1.0  # beta of kl-penalty at the start; doubled or halved after every update
+    kl_penalty_coef: float = 1.0  # beta of kl-penalty at first; doubles or halves after updates off target
     kl_penalty_target: float = 0.01  # KL between the policies before and after an update that beta steers to
     clip_vloss: bool = True  # clip the value loss (as openai/baselines does, not in the paper)
     ent_coef: float = 0.0  # weight of the entropy bonus
@@ -89,9 +89,9 @@ def require(condition, message):
 
 def check_args(args):  # before anything is started or written
     counts = "num_envs num_steps num_minibatches update_epochs hidden_sizes save_every total_timesteps"
-    highest = {"gamma": 1, "gae_lambda": 1, "seed": 10**9}
+    lowest, highest = {"init_log_std": -20}, {"init_log_std": 20, "gamma": 1, "gae_lambda": 1, "seed": 10**9}
     for name, value in vars(args).items():
-        low, high = int(name in counts.split()) - 20 * (name == "init_log_std"), highest.get(name, math.inf)
+        low, high = lowest.get(name, int(name in counts.split())), highest.get(name, math.inf)
         for x in value if isinstance(value, tuple) else [value]:
             good = not isinstance(x, int | float) or (low <= x <= high and math.isfinite(x))
             require(good, f"--{name.replace('_', '-')} {x}: use a finite number from {low} to {high}")
@@ -128,7 +128,7 @@ def make_envs(args, num_envs, videos=None):  # num_envs as one [core 1]; videos:
             _ = env.reset(), env.render()  # what is missing for pictures shows now
             env = gym.wrappers.RecordVideo(env, videos, episode_trigger=lambda episode: episode == 0)
         actions, shape, name = env.action_space, env.observation_space.shape or (), f"--env-id {args.env_id}"
-        fits = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1
+        fits = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1 and actions.dtype.kind != "u"
         require(fits, f"{name} acts in {actions}, not in a Box of vectors: try ppo_discrete.py")
         require(len(shape) != 3, f"{name} observes pixels {shape}: try ppo_atari.py")
         env = gym.wrappers.ClipAction(env)  # [cont 5] the buffer keeps what was sampled
@@ -167,7 +167,7 @@ class Agent(nn.Module):  # Gaussian policy and value function in separate networ
         self.shapes = obs_shape, action_dim
         self.critic = mlp(obs_shape[0], 1, 1.0, args)
         self.actor_mean = mlp(obs_shape[0], action_dim, 0.01, args)  # 0.01: the first means are almost 0
-        self.actor_logstd = nn.Parameter(torch.full((action_dim,), args.init_log_std), args.learn_std)
+        self.actor_logstd = nn.Parameter(torch.zeros(action_dim) + args.init_log_std, args.learn_std)
         self.norm_obs, zeros = args.norm_obs, torch.zeros(obs_shape, dtype=torch.float64)  # [ours 6] saved:
         self.obs_mean, self.obs_var, self.obs_count = map(nn.Buffer, (zeros, zeros + 1, zeros.sum()))
 
@@ -209,7 +209,7 @@ def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
 
 
 def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, values, args, kl_coef=None):
-    """Loss to minimise, PPO paper eq. 9, and a dict of detached scalars. Tensors: (M,), or AssertionError.
+    """Loss to minimise, PPO paper eq. 9, and a dict of detached scalars. Tensors: (M,), as asserted.
     newlogprob, entropy, newvalue: of the current weights; logprobs, values: of those that made the rollout.
     args: anything with clip_coef, clip_vloss, ent_coef, vf_coef, norm_adv. kl_coef: None to clip, or beta."""
     shapes = {x.shape for x in (newlogprob, entropy, newvalue, logprobs, advantages, returns, values)}
@@ -263,7 +263,7 @@ def load_checkpoint(path):
         require(path.read_bytes()[:2] == b"PK", "not a zip archive")  # as a bare pickle is not
         saved = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
         require(saved["script"] == Args.exp_name, f"written by {saved['script']}.py")
-        _ = Args(**saved["args"]), saved["shapes"], saved["agent"]
+        Agent(*saved["shapes"], Args(**saved["args"])).load_state_dict(saved["agent"])
     except Exception as error:  # torch.load does not say what a damaged file raises
         raise UsageError(f"--resume or --evaluate {path}: not of this script: {error!r:.90}") from error
     return saved | {"run_dir": path.parent}
@@ -302,7 +302,7 @@ def train(args, merged=False, received=()):
     in received ends the run. UsageError: bad input, nothing written yet; FloatingPointError: nan or inf."""
     saved = load_checkpoint(args.resume) if args.resume else {}
     if saved:
-        old = saved["args"]
+        old = vars(Args(**saved["args"]))
         new = {k: v for k, v in vars(args).items() if v != (old if merged else vars(Args()))[k]}
         free = "total_timesteps save_every resume device num_threads track eval_episodes deterministic"
         for k in new.keys() - {*free.split(), "capture_video"}:
@@ -393,10 +393,9 @@ def train(args, merged=False, received=()):
                     break
                 optimizer.zero_grad()
                 loss.backward()
-                limit = args.max_grad_norm or math.inf  # [core 11]
-                stats["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), limit)
+                norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm or math.inf)
                 optimizer.step()
-                updates.append(stats)
+                updates.append(stats | {"grad_norm": norm})  # [core 11] the norm before it was clipped
             charts = {"learning_rate": optimizer.param_groups[0]["lr"], "updates": len(updates)}
             if kl_coef is not None:  # PPO paper, section 4: beta follows the KL(old || new) of a whole update
                 with torch.no_grad():
@@ -411,7 +410,7 @@ def train(args, merged=False, received=()):
             now = time.time()
             if not all(map(math.isfinite, means.values())):  # [ours 5] before such weights are saved
                 fix = "lower --learning-rate, unless observations or rewards of --env-id are nan or inf"
-                raise FloatingPointError(f"{means}: {fix}. The last checkpoint in {run_dir} is good")
+                raise FloatingPointError(f"{means}: {fix}. Checkpoints in {run_dir} are older and good")
             last = iteration == num_iterations or bool(received)  # asked once: a signal may come at any time
             if iteration % args.save_every == 0 or last:
                 save_checkpoint(run_dir / "checkpoint.pt", agent, optimizer, envs, args, iteration, kl_coef)

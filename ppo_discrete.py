@@ -34,7 +34,7 @@ from tqdm import tqdm
 class Args:
     exp_name: str = "ppo_discrete"  # name of the experiment, part of the run directory's name
     seed: int = 1  # seed of torch, numpy, Python's random and the environments
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the CPU, networks this small gain nothing
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the CPU; mps: no, it lacks float64
     num_threads: int = 1  # CPU threads of torch, 0: torch's choice; networks this small gain nothing
     torch_deterministic: bool = True  # on CUDA: only deterministic cuDNN kernels
     track: bool = False  # also log to Weights & Biases (pip install wandb)
@@ -53,7 +53,7 @@ class Args:
     norm_adv: bool = True  # normalise advantages in each minibatch
     objective: Literal["clip", "kl-penalty"] = "clip"  # bounds the policy's step by clipping or by a penalty
     clip_coef: float = 0.2  # epsilon of the clipped objective and of the value clipping
-    kl_penalty_coef: float = 1.0  # beta of kl-penalty at the start; doubled or halved after every update
+    kl_penalty_coef: float = 1.0  # beta of kl-penalty at first; doubles or halves after updates off target
     kl_penalty_target: float = 0.01  # KL between the policies before and after an update that beta steers to
     clip_vloss: bool = True  # clip the value loss (as openai/baselines does, not in the paper)
     ent_coef: float = 0.01  # weight of the entropy bonus
@@ -98,7 +98,7 @@ def check_args(args):  # before anything is started or written
     require(whole, f"{batch} must give equal parts of 2 or more (of 1 with --no-norm-adv): change one")
     require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
     require(not args.capture_video or util.find_spec("moviepy"), "--capture-video: pip install moviepy")
-    there = args.device in ("auto", "cpu") or getattr(torch, args.device).is_available()
+    there = args.device in ("auto", "cpu") or (args.device == "cuda" and torch.cuda.is_available())
     require(there, f"--device {args.device} is not available to this build of torch: use --device cpu")
 
 
@@ -125,7 +125,7 @@ def make_envs(args, num_envs, videos=None):  # num_envs as one [core 1]; videos:
             env = gym.wrappers.RecordVideo(env, videos, episode_trigger=lambda episode: episode == 0)
         actions, shape, name = env.action_space, env.observation_space.shape or (), f"--env-id {args.env_id}"
         fits = isinstance(actions, gym.spaces.Discrete | gym.spaces.MultiDiscrete) and not actions.start.any()
-        require(fits, f"{name} acts in {actions}, not in (Multi)Discrete from 0: try ppo_continuous.py")
+        require(fits, f"{name} acts in {actions}, not in (Multi)Discrete from 0 (a Box: ppo_continuous.py)")
         require(len(shape) != 3, f"{name} observes pixels {shape}: try ppo_atari.py")
         return env if len(shape) == 1 else gym.wrappers.FlattenObservation(env)  # of matrices, dicts
 
@@ -165,7 +165,7 @@ class Agent(nn.Module):  # Categorical policy and value function in separate net
         shape = *n.shape, int(n.max())  # of the logits: (n,) or (branches, n of the widest)
         self.actor = mlp(obs_shape[0], math.prod(shape), 0.01, args)  # 0.01: almost uniform at first
         if n.ndim:  # what a branch lacks against the widest has probability 0, hence no gradient
-            self.actor[-1].bias.data.view(shape)[np.arange(n.max()) >= n[:, None]] = -1e9
+            self.actor[-1].bias.data.view(shape)[np.arange(n.max()) >= n[..., None]] = -1e9
             self.actor.append(nn.Unflatten(-1, shape))
         self.norm_obs, zeros = args.norm_obs, torch.zeros(obs_shape, dtype=torch.float64)  # [ours 6] saved:
         self.obs_mean, self.obs_var, self.obs_count = map(nn.Buffer, (zeros, zeros + 1, zeros.sum()))
@@ -191,7 +191,8 @@ class Agent(nn.Module):  # Categorical policy and value function in separate net
         if action is None:  # argmax(p / exponential noise) is a sample of p, faster than dist.sample()
             noise = 1.0 if deterministic else torch.empty_like(dist.probs).exponential_()
             action = (dist.probs / noise).argmax(-1)
-        logprob, entropy = (x.sum(-1) if x.dim() > 1 else x for x in (dist.log_prob(action), dist.entropy()))
+        each = dist.log_prob(action), dist.entropy()  # (N,), or (N, branches): independent, so that they add
+        logprob, entropy = (x.flatten(1).sum(1) if x.dim() > 1 else x for x in each)
         return action, logprob, entropy, self.get_value(obs)
 
 
@@ -209,7 +210,7 @@ def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
 
 
 def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, values, args, kl_coef=None):
-    """Loss to minimise, PPO paper eq. 9, and a dict of detached scalars. Tensors: (M,), or AssertionError.
+    """Loss to minimise, PPO paper eq. 9, and a dict of detached scalars. Tensors: (M,), as asserted.
     newlogprob, entropy, newvalue: of the current weights; logprobs, values: of those that made the rollout.
     args: anything with clip_coef, clip_vloss, ent_coef, vf_coef, norm_adv. kl_coef: None to clip, or beta."""
     shapes = {x.shape for x in (newlogprob, entropy, newvalue, logprobs, advantages, returns, values)}
@@ -263,7 +264,7 @@ def load_checkpoint(path):
         require(path.read_bytes()[:2] == b"PK", "not a zip archive")  # as a bare pickle is not
         saved = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
         require(saved["script"] == Args.exp_name, f"written by {saved['script']}.py")
-        _ = Args(**saved["args"]), saved["shapes"], saved["agent"]
+        Agent(*saved["shapes"], Args(**saved["args"])).load_state_dict(saved["agent"])
     except Exception as error:  # torch.load does not say what a damaged file raises
         raise UsageError(f"--resume or --evaluate {path}: not of this script: {error!r:.90}") from error
     return saved | {"run_dir": path.parent}
@@ -302,7 +303,7 @@ def train(args, merged=False, received=()):
     in received ends the run. UsageError: bad input, nothing written yet; FloatingPointError: nan or inf."""
     saved = load_checkpoint(args.resume) if args.resume else {}
     if saved:
-        old = saved["args"]
+        old = vars(Args(**saved["args"]))
         new = {k: v for k, v in vars(args).items() if v != (old if merged else vars(Args()))[k]}
         free = "total_timesteps save_every resume device num_threads track eval_episodes deterministic"
         for k in new.keys() - {*free.split(), "capture_video"}:
@@ -325,7 +326,7 @@ def train(args, merged=False, received=()):
         make_envs(args, 1, str(run_dir / "videos")).close()
     envs = make_envs(args, N)
     shape, space = envs.single_observation_space.shape, envs.single_action_space
-    agent = Agent(shape, getattr(space, "nvec", getattr(space, "n", 0)).tolist(), args).to(device)
+    agent = Agent(shape, (space.nvec if hasattr(space, "nvec") else space.n).tolist(), args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
     next_obs = torch.as_tensor(envs.reset(seed=args.seed + global_step)[0], device=device)  # never a replay
     action, *_ = agent.get_action_and_value(agent.normalize(next_obs))  # for its shape and dtype
@@ -394,10 +395,9 @@ def train(args, merged=False, received=()):
                     break
                 optimizer.zero_grad()
                 loss.backward()
-                limit = args.max_grad_norm or math.inf  # [core 11]
-                stats["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), limit)
+                norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm or math.inf)
                 optimizer.step()
-                updates.append(stats)
+                updates.append(stats | {"grad_norm": norm})  # [core 11] the norm before it was clipped
             charts = {"learning_rate": optimizer.param_groups[0]["lr"], "updates": len(updates)}
             if kl_coef is not None:  # PPO paper, section 4: beta follows the KL(old || new) of a whole update
                 with torch.no_grad():
@@ -412,7 +412,7 @@ def train(args, merged=False, received=()):
             now = time.time()
             if not all(map(math.isfinite, means.values())):  # [ours 5] before such weights are saved
                 fix = "lower --learning-rate, unless observations or rewards of --env-id are nan or inf"
-                raise FloatingPointError(f"{means}: {fix}. The last checkpoint in {run_dir} is good")
+                raise FloatingPointError(f"{means}: {fix}. Checkpoints in {run_dir} are older and good")
             last = iteration == num_iterations or bool(received)  # asked once: a signal may come at any time
             if iteration % args.save_every == 0 or last:
                 save_checkpoint(run_dir / "checkpoint.pt", agent, optimizer, envs, args, iteration, kl_coef)

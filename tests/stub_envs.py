@@ -243,6 +243,8 @@ STUBS |= {
 STUBS |= {f"{kind.title()}Probe": (Probe, {"kind": kind}) for kind in ("constant", "obs", "delay", "action")}
 STUBS |= {name: (Observe, {"space": space}) for name, space in SPACES.items()}
 gym.register("Branches-v0", entry_point=Branches, kwargs={"space": gym.spaces.MultiDiscrete([3, 1, 4])})
+BYTES = Box(0, 255, (2,), np.uint8)
+gym.register("Bytes-v0", entry_point=Branches, kwargs={"space": BYTES})
 FROM_1 = gym.spaces.MultiDiscrete([3, 2], start=[0, 1])
 gym.register("BranchesFrom1-v0", entry_point=Branches, kwargs={"space": FROM_1})
 for name, (stub, kwargs) in STUBS.items():

@@ -847,6 +847,16 @@ def test_branches_are_sampled_as_often_as_they_are_probable_and_never_beyond_the
         torch.testing.assert_close(frequencies, logprobs[0].exp(), rtol=0, atol=0.02)
 
 
+def test_a_table_of_branches_is_as_good_as_a_row(discrete):
+    """MultiDiscrete([[2, 3], [4, 1]]): actions (N, 2, 2), log-probabilities summed over all four."""
+    agent, obs = make_agent(discrete, [[2, 3], [4, 1]]), torch.randn(2000, 5)
+    action, logprob, entropy, _ = agent.get_action_and_value(obs)
+    assert action.amax(0).tolist() == [[1, 2], [3, 0]] and logprob.shape == entropy.shape == (2000,)
+    assert entropy.mean().item() == pytest.approx(
+        math.log(2 * 3 * 4 * 1), rel=0.01
+    )  # almost uniform at first
+
+
 def test_no_gradient_moves_what_a_branch_lacks(discrete):
     """Surplus outputs keep their weights and their bias, and no gradient is nan."""
     agent, obs = make_agent(discrete, BRANCHES), torch.randn(50, 5)
@@ -863,6 +873,7 @@ def test_no_gradient_moves_what_a_branch_lacks(discrete):
 
 
 def test_init_log_std_is_the_log_of_the_standard_deviation(continuous):
+    assert make_agent(continuous, init_log_std=-1).actor_logstd.tolist() == [-1.0] * 4  # an int from Python
     agent = make_agent(continuous, init_log_std=-0.5)
     set_policy(agent, [1.0, -1.0, 0.0, 0.0])
     action, logprob, entropy, _ = agent.get_action_and_value(torch.randn(20_000, 5))
