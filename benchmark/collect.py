@@ -18,18 +18,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-EPISODES = 100
 
 
 def collect(run_dir):
     """One row of results.csv, and rows of curves.csv: about 100 points of the last-100 mean."""
     saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     script, args = importlib.import_module(saved["script"]), saved["args"]
+    episodes = 20 if "Pong" in args["env_id"] else 100  # 20 games of Pong last as long as 100 of others
     recipe = run_dir.name.rpartition("-")[0]
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
     points = events.Scalars("charts/episodic_return")
-    sampled, best = (script.evaluate(run_dir, EPISODES, x, 1_000_000 + args["seed"]) for x in (False, True))
+    sampled, best = (script.evaluate(run_dir, episodes, x, 1_000_000 + args["seed"]) for x in (False, True))
     row = {
         "recipe": recipe,
         "script": saved["script"],
@@ -41,7 +41,7 @@ def collect(run_dir):
         "evaluated_std": round(float(sampled.std(ddof=1)), 2),
         "deterministic_mean": round(float(best.mean()), 2),
         "deterministic_std": round(float(best.std(ddof=1)), 2),
-        "evaluated_episodes": EPISODES,
+        "evaluated_episodes": episodes,
         "flags_not_default": " ".join(
             f"{name}={value}"
             for name, value in args.items()
@@ -95,7 +95,7 @@ def draw(curves, path):
 
 
 def main():
-    results = [collect(Path(name)) for name in sys.argv[1:]]
+    results = [collect(Path(name)) for name in sys.argv[1:] if (Path(name) / "done").exists()]
     for row, _ in results:
         print(*row.values(), sep=" | ")
     merge(HERE / "results.csv", [row for row, _ in results])

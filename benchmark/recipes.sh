@@ -14,7 +14,7 @@ recipe() {
     local dir=benchmark/runs/$name-$seed
     if [[ -f $dir/done ]]; then continue; fi
     if [[ -f $dir/checkpoint.pt ]]; then
-      python "$1" --resume "$dir" --eval-episodes 0
+      python "$1" --resume "$dir" --eval-episodes 0 || [[ $? == 2 ]] # 2: it had reached its last iteration
     else
       python "$@" --seed "$seed" --num-threads 1 --run-dir "$dir" --eval-episodes 0
     fi
@@ -22,11 +22,18 @@ recipe() {
   done
 }
 
-# Strong published settings
+# Results: the defaults, and Atari as far as a CPU gets in a sitting (SEEDS=1 for those shown)
+recipe cartpole ppo_discrete.py
+recipe default-halfcheetah ppo_continuous.py
+recipe breakout ppo_atari.py --total-timesteps 1000000 --precision bf16
+recipe pong ppo_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 2000000 --precision bf16
+
+# Settings near those of strong published results
 recipe halfcheetah ppo_continuous.py --num-steps 512 --num-minibatches 8 --update-epochs 20 \
   --learning-rate 2.0633e-5 --no-anneal-lr --gamma 0.98 --gae-lambda 0.92 --clip-coef 0.1 --no-clip-vloss \
   --ent-coef 0.0004 --vf-coef 1.16 --max-grad-norm 0.8 --activation relu --hidden-sizes 256 256 --init-log-std -2
-recipe swimmer ppo_continuous.py --env-id Swimmer-v5 --gamma 0.9999 --no-anneal-lr --no-clip-vloss --vf-coef 1
+recipe swimmer ppo_continuous.py --env-id Swimmer-v5 --num-envs 4 --num-steps 1024 --num-minibatches 16 \
+  --gamma 0.9999 --gae-lambda 0.98 --learning-rate 6e-4 --no-anneal-lr --no-clip-vloss --vf-coef 1
 recipe pendulum ppo_continuous.py --env-id Pendulum-v1 --total-timesteps 100000 --num-envs 4 --num-steps 256 \
   --num-minibatches 16 --gamma 0.95 --learning-rate 2e-3
 recipe mountaincar-continuous ppo_continuous.py --env-id MountainCarContinuous-v0 --total-timesteps 20000 \
