@@ -88,6 +88,7 @@ def draw(curves, path):
                 [int(x["step"]) for x in rows], [float(x["return"]) for x in rows], label=f"seed {seed}"
             )
         axis.set(title=name, xlabel="steps", ylabel="last 100 returns")
+        axis.xaxis.set_major_locator(plt.MaxNLocator(4))
         axis.legend()
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
