@@ -403,14 +403,14 @@ def train(args, merged=False, received=()):
                 kl, target = ppo_loss(*new, *b_others, args)[1]["approx_kl"].item(), args.kl_penalty_target
                 charts |= {"kl_coef": kl_coef, "kl": kl}
                 kl_coef *= 2.0 if kl > 1.5 * target else 0.5 if kl < target / 1.5 else 1.0
-                kl_coef = min(max(kl_coef, 1e-6), 1e6)  # so that the way back is never long
+                kl_coef = min(max(kl_coef, 1e-6), 1e6)  # thousands of halvings would end at 0
 
             # --- 5. diagnostics, means over all minibatches [ours 4]: nothing below changes the algorithm ---
             means = {key: torch.stack([u[key] for u in updates]).mean().item() for key in updates[0]}
             now = time.time()
             if not all(map(math.isfinite, means.values())):  # [ours 5] before such weights are saved
-                fix = "lower --learning-rate, unless observations or rewards of --env-id are nan or inf"
-                raise FloatingPointError(f"{means}: {fix}. Checkpoints in {run_dir} are older and good")
+                means |= {"observations": float(obs.sum() + next_obs.sum()), "rewards": float(rewards.sum())}
+                raise FloatingPointError(f"{means}: mend --env-id, lower --learning-rate; {run_dir} is good")
             last = iteration == num_iterations or bool(received)  # asked once: a signal may come at any time
             if iteration % args.save_every == 0 or last:
                 save_checkpoint(run_dir / "checkpoint.pt", agent, optimizer, envs, args, iteration, kl_coef)
