@@ -19,6 +19,7 @@ import time
 from contextlib import closing
 from importlib import import_module, util
 from pathlib import Path
+from shutil import which
 from typing import Literal
 
 import ale_py
@@ -37,7 +38,8 @@ class Args:
     seed: int = 1  # seed of torch, numpy, Python's random and the environments
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda if there is one, else the CPU
     num_threads: int = 0  # CPU threads of torch and of the emulators, 0: their choice
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the CNN; bf16 is faster where the processor has it
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"  # of the CNN; auto: bf16 on CPUs with AVX512-BF16
+    compile: bool = False  # torch.compile: 10 s at the start, then faster; needs a C++ compiler
     torch_deterministic: bool = True  # on CUDA: only deterministic cuDNN kernels
     track: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project_name: str = "ppo"  # project for --track
@@ -83,9 +85,9 @@ def require(condition, message):
 
 def check_args(args):  # before anything is started or written
     counts = "num_envs num_steps num_minibatches update_epochs save_every total_timesteps"
-    highest = {"gamma": 1, "gae_lambda": 1, "seed": 10**9}
+    limits = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9)}
     for name, value in vars(args).items():
-        low, high = int(name in counts.split()), highest.get(name, math.inf)
+        low, high = limits.get(name, (int(name in counts.split()), math.inf))
         good = not isinstance(value, int | float) or (low <= value <= high and math.isfinite(value))
         require(good, f"--{name.replace('_', '-')} {value}: use a finite number from {low} to {high}")
     B, parts = args.num_steps * args.num_envs, args.num_minibatches
@@ -93,6 +95,7 @@ def check_args(args):  # before anything is started or written
     batch = f"--num-steps {args.num_steps} x --num-envs {args.num_envs} = {B} in --num-minibatches {parts}"
     require(whole, f"{batch} must give equal parts of 2 or more (of 1 with --no-norm-adv): change one")
     require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
+    require(not args.compile or which("g++"), "--compile needs a C++ compiler: apt install g++")
     require(not args.capture_video or util.find_spec("moviepy"), "--capture-video: pip install moviepy")
     there = args.device in ("auto", "cpu") or getattr(torch, args.device).is_available()
     require(there, f"--device {args.device} is not available to this build of torch: use --device cpu")
@@ -164,13 +167,14 @@ def layer_init(layer, std=2**0.5, bias_const=0.0):
 class Agent(nn.Module):  # Nature CNN, one trunk for policy and value function [atari 8]
     def __init__(self, obs_shape, num_actions, args):
         super().__init__()
-        self.shapes, self.bf16 = (obs_shape, num_actions), args.precision == "bf16"
+        fast = torch.cpu.get_capabilities().get("avx512_bf16", False) and args.device in ("auto", "cpu")
+        self.shapes, self.bf16 = (obs_shape, num_actions), args.precision in ("bf16", fast and "auto")
         self.network = nn.Sequential(
             *(layer_init(nn.Conv2d(4, 32, 8, stride=4)), nn.ReLU()),
             *(layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU()),
             *(layer_init(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(), nn.Flatten()),
             *(layer_init(nn.Linear(64 * 7 * 7, 512)), nn.ReLU()),
-        ).to(memory_format=torch.channels_last)  # the faster layout
+        )
         self.actor = layer_init(nn.Linear(512, num_actions), std=0.01)  # the first policy is almost uniform
         self.critic = layer_init(nn.Linear(512, 1), std=1.0)
 
@@ -239,11 +243,6 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     return loss, stats
 
 
-def explained_variance(values, returns):
-    """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 like a constant; nan for constant returns."""
-    return 1 - (returns - values).var().item() / (returns.var().item() or math.nan)
-
-
 def save_checkpoint(path, agent, optimizer, envs, args, iteration, kl_coef):
     """Write what resuming and evaluating need, as tensors and plain numbers only."""
     saved = {"script": Args.exp_name, "args": vars(args) | {"resume": ""}, "iteration": iteration}
@@ -263,18 +262,16 @@ def load_checkpoint(path):
         require(path.read_bytes()[:2] == b"PK", "not a zip archive")  # as a bare pickle is not
         saved = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
         require(saved["script"] == Args.exp_name, f"written by {saved['script']}.py")
-        Agent(*saved["shapes"], Args(**saved["args"])).load_state_dict(saved["agent"])
+        agent = Agent(*saved["shapes"], Args(**saved["args"]))
+        agent.load_state_dict(saved["agent"])
     except Exception as error:  # torch.load does not say what a damaged file raises
         raise UsageError(f"--resume or --evaluate {path}: not of this script: {error!r:.90}") from error
-    return saved | {"run_dir": path.parent}
+    return saved | {"run_dir": path.parent, "trained": agent.eval().requires_grad_(False)}
 
 
 def load_agent(checkpoint):
     """The Agent of a checkpoint.pt, on the CPU, ready to act. UsageError (a ValueError) if there is none."""
-    saved = load_checkpoint(checkpoint)
-    agent = Agent(*saved["shapes"], Args(**saved["args"]))
-    agent.load_state_dict(saved["agent"])
-    return agent.eval().requires_grad_(False)
+    return load_checkpoint(checkpoint)["trained"]
 
 
 @torch.no_grad()
@@ -305,7 +302,7 @@ def train(args, merged=False, received=()):
         old = vars(Args(**saved["args"]))
         new = {k: v for k, v in vars(args).items() if v != (old if merged else vars(Args()))[k]}
         free = "total_timesteps save_every resume device num_threads track eval_episodes deterministic"
-        for k in new.keys() - {*free.split(), "capture_video"}:
+        for k in new.keys() - {*free.split(), "capture_video", "compile"}:
             require(new[k] == old[k], f"--{k.replace('_', '-')} {new[k]}: --resume goes on with {old[k]}")
         args = Args(**old | new)
     check_args(args)
@@ -319,14 +316,14 @@ def train(args, merged=False, received=()):
     require(new, f"--run-dir {run_dir} holds a checkpoint: name another one, or --resume {run_dir}")
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if args.device == "auto" else args.device)
-    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
-        set_seed(args.seed)
+    _ = random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     if args.capture_video:  # what is missing for it shows now, not after the training
         make_envs(args, 1, str(run_dir / "videos")).close()
     envs = make_envs(args, N)
     agent = Agent(envs.single_observation_space.shape, int(envs.single_action_space.n), args).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
+    params = [x for x in agent.parameters() if x.requires_grad]
+    optimizer = torch.optim.Adam(params, lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
     next_obs = torch.as_tensor(envs.reset(seed=args.seed + global_step)[0], device=device)  # never a replay
     action, *_ = agent.get_action_and_value(agent.normalize(next_obs))  # for its shape and dtype
     if saved:
@@ -336,10 +333,30 @@ def train(args, merged=False, received=()):
         np.random.set_state(saved["numpy_rng"])
         torch.set_rng_state(saved["torch_rng"])
         torch.cuda.set_rng_state_all(saved["cuda_rng"][: torch.cuda.device_count()])
-    next_obs = agent.normalize(next_obs, update=not saved)  # (N, *obs_shape)
-    obs, actions = (torch.zeros((T, *x.shape), dtype=x.dtype, device=device) for x in (next_obs, action))
+    x = agent.normalize(next_obs, update=not saved)  # (N, *obs_shape)
+    obs, actions = (torch.zeros((T, *x.shape), dtype=x.dtype, device=device) for x in (x, action))
     logprobs, values = torch.zeros((2, T, N), device=device)
     rollout = np.zeros((2, T, N), np.float32)  # rewards and dones, moved to the device once per iteration
+
+    def act(obs, new):  # raw ones, (N, *obs_shape) -> what the buffer keeps of a step
+        obs = agent.normalize(obs, update=new)
+        action, logprob, _, value = agent.get_action_and_value(obs)
+        return obs, action, logprob, value
+
+    def gradient(mb_inds, kl_coef, *batch):  # of the loss of a minibatch (M,), clipped; and its stats
+        mb_obs, mb_actions, *others = (x.index_select(0, mb_inds) for x in batch)  # faster than x[mb_inds]
+        _, *new = agent.get_action_and_value(mb_obs, mb_actions)  # logprob, entropy, value
+        loss, stats = ppo_loss(*new, *others, args, kl_coef)
+        grads = torch.autograd.grad(loss, params, materialize_grads=True)
+        stats["grad_norm"] = torch.cat([x.flatten() for x in grads]).norm()  # [core 11] before it is clipped
+        scale = ((args.max_grad_norm or math.inf) / (stats["grad_norm"] + 1e-6)).clamp(max=1.0)
+        return [x * scale for x in grads], stats
+
+    if args.compile:  # equal to rounding: the same random numbers; one graph for loss, gradient, clipping
+        torch.compiler.reset()
+        torch._dynamo.config.trace_autograd_ops = True
+        how = dict(fullgraph=True, options={"fallback_random": True, "cpp_wrapper": True})
+        act, gradient = torch.compile(act, **how), torch.compile(gradient, **how)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -359,19 +376,17 @@ def train(args, merged=False, received=()):
 
             # --- 2. rollout: T steps of N environments, across the ends of episodes ---
             rollout_time = time.time()
-            with torch.no_grad():
+            # an outer autocast, off: those inside of it keep their bf16 weights from step to step
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
                 for step in range(T):
-                    obs[step] = next_obs
-                    actions[step], logprobs[step], _, values[step] = agent.get_action_and_value(next_obs)
+                    obs[step], actions[step], logprobs[step], values[step] = act(next_obs, new=step > 0)
                     next_obs, rollout[0, step], term, trunc, infos = envs.step(actions[step].cpu().numpy())
                     rollout[1, step] = term | trunc
-                    cut = trunc & ~term
-                    if cut.any():  # [ours 1] time ran out, the task went on: add what V expects of the rest
-                        final_obs = torch.as_tensor(np.stack(infos["final_obs"][cut]), device=device)
-                        final_value = agent.get_value(agent.normalize(final_obs))  # one per truncated episode
-                        rollout[0, step, cut] += args.gamma * final_value.cpu().numpy()
-                    next_obs = agent.normalize(torch.as_tensor(next_obs, device=device), update=True)
-                next_value = agent.get_value(next_obs)  # (N,)
+                    if (cut := trunc & ~term).any():  # [ours 1] time ran out: add what V expects of the rest
+                        ends = agent.normalize(torch.from_numpy(np.stack(infos["final_obs"][cut])).to(device))
+                        rollout[0, step, cut] += args.gamma * agent.get_value(ends).cpu().numpy()
+                    next_obs = torch.from_numpy(next_obs).to(device)
+                next_value = agent.get_value(agent.normalize(next_obs, update=True))  # (N,)
             global_step += B
 
             # --- 3. advantages ---
@@ -380,27 +395,23 @@ def train(args, merged=False, received=()):
             advantages, returns = compute_gae(rewards, values, dones, next_value, args.gamma, args.gae_lambda)
 
             # --- 4. update: every epoch visits the batch in a new order, in equal minibatches [core 6] ---
-            b_obs, b_actions = obs.view(B, -1), actions.flatten(0, 1)  # (B, ...)
-            b_others = [x.flatten() for x in (logprobs, advantages, returns, values)]  # (B,) each
+            batch = [x.flatten(0, 1) for x in (obs, actions, logprobs, advantages, returns, values)]
             order = torch.cat([torch.randperm(B, device=device) for _ in range(args.update_epochs)])
             updates = []
             for mb_inds in order.view(-1, B // args.num_minibatches):  # (M,)
-                mb_obs = b_obs.index_select(0, mb_inds).view(-1, *obs.shape[2:])  # faster than [mb_inds]
-                _, *new = agent.get_action_and_value(mb_obs, b_actions[mb_inds])  # logprob, entropy, value
-                loss, stats = ppo_loss(*new, *(x[mb_inds] for x in b_others), args, kl_coef)
+                grads, stats = gradient(mb_inds, kl_coef and torch.tensor(kl_coef), *batch)
                 # [ours 3] before this step goes too far; never in the first minibatch, whose KL is about 0
                 if args.target_kl is not None and updates and stats["approx_kl"] > args.target_kl:
                     break
-                optimizer.zero_grad()
-                loss.backward()
-                norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm or math.inf)
+                for param, grad in zip(params, grads, strict=True):
+                    param.grad = grad
                 optimizer.step()
-                updates.append(stats | {"grad_norm": norm})  # [core 11] the norm before it was clipped
+                updates.append(stats)
             charts = {"learning_rate": optimizer.param_groups[0]["lr"], "updates": len(updates)}
             if kl_coef is not None:  # PPO paper, section 4: beta follows the KL(old || new) of a whole update
                 with torch.no_grad():
-                    _, *new = agent.get_action_and_value(obs.flatten(0, 1), b_actions)  # (B,) each
-                kl, target = ppo_loss(*new, *b_others, args)[1]["approx_kl"].item(), args.kl_penalty_target
+                    _, *new = agent.get_action_and_value(*batch[:2])  # (B,) each
+                kl, target = ppo_loss(*new, *batch[2:], args)[1]["approx_kl"].item(), args.kl_penalty_target
                 charts |= {"kl_coef": kl_coef, "kl": kl}
                 kl_coef *= 2.0 if kl > 1.5 * target else 0.5 if kl < target / 1.5 else 1.0
                 kl_coef = min(max(kl_coef, 1e-6), 1e6)  # thousands of halvings would end at 0
@@ -420,7 +431,8 @@ def train(args, merged=False, received=()):
                 charts["episodic_return"] = score = float(np.mean(envs.return_queue))
                 charts["episodic_length"] = np.mean(envs.length_queue)
             losses = {"policy_loss": means.pop("pg_loss"), "value_loss": means.pop("v_loss"), **means}
-            losses["explained_variance"] = explained_variance(values, returns)
+            unexplained = (returns - values).var().item() / (returns.var().item() or math.nan)
+            losses["explained_variance"] = 1 - unexplained  # nan for constant returns
             for group, metrics in ("charts", charts), ("losses", losses):
                 for key, value in metrics.items():
                     writer.add_scalar(f"{group}/{key}", value, global_step)

@@ -19,6 +19,7 @@ from contextlib import closing
 from importlib import import_module, util
 from itertools import pairwise
 from pathlib import Path
+from shutil import which
 from typing import Literal
 
 import gymnasium as gym
@@ -36,6 +37,7 @@ class Args:
     seed: int = 1  # seed of torch, numpy, Python's random and the environments
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the CPU; mps: no, it lacks float64
     num_threads: int = 1  # CPU threads of torch, 0: torch's choice; networks this small gain nothing
+    compile: bool = False  # torch.compile: 10 s at the start, then faster; needs a C++ compiler
     torch_deterministic: bool = True  # on CUDA: only deterministic cuDNN kernels
     track: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project_name: str = "ppo"  # project for --track
@@ -86,9 +88,9 @@ def require(condition, message):
 
 def check_args(args):  # before anything is started or written
     counts = "num_envs num_steps num_minibatches update_epochs hidden_sizes save_every total_timesteps"
-    highest = {"gamma": 1, "gae_lambda": 1, "seed": 10**9}
+    limits = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9)}
     for name, value in vars(args).items():
-        low, high = int(name in counts.split()), highest.get(name, math.inf)
+        low, high = limits.get(name, (int(name in counts.split()), math.inf))
         for x in value if isinstance(value, tuple) else [value]:
             good = not isinstance(x, int | float) or (low <= x <= high and math.isfinite(x))
             require(good, f"--{name.replace('_', '-')} {x}: use a finite number from {low} to {high}")
@@ -97,6 +99,7 @@ def check_args(args):  # before anything is started or written
     batch = f"--num-steps {args.num_steps} x --num-envs {args.num_envs} = {B} in --num-minibatches {parts}"
     require(whole, f"{batch} must give equal parts of 2 or more (of 1 with --no-norm-adv): change one")
     require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
+    require(not args.compile or which("g++"), "--compile needs a C++ compiler: apt install g++")
     require(not args.capture_video or util.find_spec("moviepy"), "--capture-video: pip install moviepy")
     there = args.device in ("auto", "cpu") or (args.device == "cuda" and torch.cuda.is_available())
     require(there, f"--device {args.device} is not available to this build of torch: use --device cpu")
@@ -105,16 +108,18 @@ def check_args(args):  # before anything is started or written
 class ScaleReward(gym.wrappers.vector.RecordEpisodeStatistics):  # which records raw returns
     def __init__(self, envs, args):
         super().__init__(envs)
-        self.args, self.rms = args, gym.wrappers.utils.RunningMeanStd(epsilon=0)  # [cont 8] one for all
+        self.args, self.count, self.mean, self.var = args, 0, 0.0, 0.0  # [cont 8] one for all environments
         self.discounted = np.zeros(self.num_envs)  # (N,) sum of gamma^k * reward over the episode so far
 
     def step(self, actions):
         obs, rewards, terminated, truncated, infos = super().step(actions)
-        if self.args.norm_reward:
+        if self.args.norm_reward:  # as in Agent.normalize
             self.discounted = self.args.gamma * self.discounted + rewards
-            self.rms.update(self.discounted)
+            delta, self.count = self.discounted - self.mean, self.count + len(rewards)
+            self.mean += delta.sum() / self.count
+            self.var += ((delta * (self.discounted - self.mean)).sum() - len(rewards) * self.var) / self.count
             self.discounted[terminated | truncated] = 0
-            rewards = np.clip(rewards / np.sqrt(self.rms.var + 1e-8), -10, 10)  # [cont 9]
+            rewards = (rewards / (self.var + 1e-8) ** 0.5).clip(-10, 10)  # [cont 9]
         return obs, rewards, terminated, truncated, infos
 
 
@@ -173,12 +178,10 @@ class Agent(nn.Module):  # Categorical policy and value function in separate net
     def normalize(self, obs, update=False):
         if not self.norm_obs:  # obs: raw ones (N, *obs_shape), result: what the buffer and the networks take
             return obs.float()
-        if update:  # in the rollout only. Parallel formula of Chan et al. (1979)
-            var, mean = torch.var_mean(obs.double(), dim=0, correction=0)
-            self.obs_count += len(obs)
-            weight, delta = len(obs) / self.obs_count, mean - self.obs_mean
-            self.obs_mean += weight * delta
-            self.obs_var += weight * (var - self.obs_var + (1 - weight) * delta**2)
+        if update:  # in the rollout only. Welford's formulas (1962), for N observations at once
+            delta, count = obs - self.obs_mean, self.obs_count.add_(len(obs))
+            self.obs_mean.add_(delta.sum(0) / count)
+            self.obs_var.add_(((delta * (obs - self.obs_mean)).sum(0) - len(obs) * self.obs_var) / count)
         normal = (obs - self.obs_mean) / (self.obs_var + 1e-8).sqrt()  # [cont 6]
         return normal.clamp(-10, 10).float()  # [cont 7]
 
@@ -187,12 +190,12 @@ class Agent(nn.Module):  # Categorical policy and value function in separate net
 
     def get_action_and_value(self, obs, action=None, deterministic=False):
         """Action (given, sampled or most probable), its log-probability, the policy's entropy, V; (N,)."""
-        dist = torch.distributions.Categorical(logits=self.actor(obs), validate_args=False)  # faster without
-        if action is None:  # argmax(p / exponential noise) is a sample of p, faster than dist.sample()
-            noise = 1.0 if deterministic else torch.empty_like(dist.probs).exponential_()
-            action = (dist.probs / noise).argmax(-1)
-        each = dist.log_prob(action), dist.entropy()  # (N,), or (N, branches): independent, so that they add
-        logprob, entropy = (x.flatten(1).sum(1) if x.dim() > 1 else x for x in each)
+        logits = self.actor(obs).log_softmax(-1)  # by hand: torch.distributions slows an update by 10 %
+        if action is None:  # argmax(log p - log(exponential noise)) is a sample of p
+            noise = 0.0 if deterministic else torch.empty_like(logits).exponential_().log()
+            action = (logits - noise).argmax(-1)
+        each = logits.gather(-1, action.unsqueeze(-1)).squeeze(-1), -(logits.exp() * logits).sum(-1)
+        logprob, entropy = (x.flatten(1).sum(1) if x.dim() > 1 else x for x in each)  # of branches: they add
         return action, logprob, entropy, self.get_value(obs)
 
 
@@ -239,11 +242,6 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     return loss, stats
 
 
-def explained_variance(values, returns):
-    """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 like a constant; nan for constant returns."""
-    return 1 - (returns - values).var().item() / (returns.var().item() or math.nan)
-
-
 def save_checkpoint(path, agent, optimizer, envs, args, iteration, kl_coef):
     """Write what resuming and evaluating need, as tensors and plain numbers only."""
     saved = {"script": Args.exp_name, "args": vars(args) | {"resume": ""}, "iteration": iteration}
@@ -252,7 +250,7 @@ def save_checkpoint(path, agent, optimizer, envs, args, iteration, kl_coef):
     cuda = torch.cuda.is_initialized()  # to ask would start CUDA in a run on the CPU
     saved |= {"torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all() if cuda else []}
     saved |= {"numpy_rng": [np.asarray(x).tolist() for x in np.random.get_state()], "kl_coef": kl_coef}
-    saved["reward_scale"] = [*map(float, (envs.rms.mean, envs.rms.var, envs.rms.count, *envs.discounted))]
+    saved["reward_scale"] = [*map(float, (envs.count, envs.mean, envs.var, *envs.discounted))]
     torch.save(saved, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)  # a crash leaves the old file or the new one, never half of one
 
@@ -264,18 +262,16 @@ def load_checkpoint(path):
         require(path.read_bytes()[:2] == b"PK", "not a zip archive")  # as a bare pickle is not
         saved = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
         require(saved["script"] == Args.exp_name, f"written by {saved['script']}.py")
-        Agent(*saved["shapes"], Args(**saved["args"])).load_state_dict(saved["agent"])
+        agent = Agent(*saved["shapes"], Args(**saved["args"]))
+        agent.load_state_dict(saved["agent"])
     except Exception as error:  # torch.load does not say what a damaged file raises
         raise UsageError(f"--resume or --evaluate {path}: not of this script: {error!r:.90}") from error
-    return saved | {"run_dir": path.parent}
+    return saved | {"run_dir": path.parent, "trained": agent.eval().requires_grad_(False)}
 
 
 def load_agent(checkpoint):
     """The Agent of a checkpoint.pt, on the CPU, ready to act. UsageError (a ValueError) if there is none."""
-    saved = load_checkpoint(checkpoint)
-    agent = Agent(*saved["shapes"], Args(**saved["args"]))
-    agent.load_state_dict(saved["agent"])
-    return agent.eval().requires_grad_(False)
+    return load_checkpoint(checkpoint)["trained"]
 
 
 @torch.no_grad()
@@ -306,7 +302,7 @@ def train(args, merged=False, received=()):
         old = vars(Args(**saved["args"]))
         new = {k: v for k, v in vars(args).items() if v != (old if merged else vars(Args()))[k]}
         free = "total_timesteps save_every resume device num_threads track eval_episodes deterministic"
-        for k in new.keys() - {*free.split(), "capture_video"}:
+        for k in new.keys() - {*free.split(), "capture_video", "compile"}:
             require(new[k] == old[k], f"--{k.replace('_', '-')} {new[k]}: --resume goes on with {old[k]}")
         args = Args(**old | new)
     check_args(args)
@@ -319,29 +315,49 @@ def train(args, merged=False, received=()):
     new = saved or not (run_dir / "checkpoint.pt").exists()
     require(new, f"--run-dir {run_dir} holds a checkpoint: name another one, or --resume {run_dir}")
     device = torch.device("cpu" if args.device == "auto" else args.device)
-    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
-        set_seed(args.seed)
+    _ = random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     if args.capture_video:  # what is missing for it shows now, not after the training
         make_envs(args, 1, str(run_dir / "videos")).close()
     envs = make_envs(args, N)
     shape, space = envs.single_observation_space.shape, envs.single_action_space
     agent = Agent(shape, (space.nvec if hasattr(space, "nvec") else space.n).tolist(), args).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
+    params = [x for x in agent.parameters() if x.requires_grad]
+    optimizer = torch.optim.Adam(params, lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
     next_obs = torch.as_tensor(envs.reset(seed=args.seed + global_step)[0], device=device)  # never a replay
     action, *_ = agent.get_action_and_value(agent.normalize(next_obs))  # for its shape and dtype
     if saved:
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
-        envs.rms.mean, envs.rms.var, envs.rms.count, *envs.discounted[:] = saved["reward_scale"]
+        envs.count, envs.mean, envs.var, *envs.discounted[:] = saved["reward_scale"]
         random.setstate(saved["python_rng"])
         np.random.set_state(saved["numpy_rng"])
         torch.set_rng_state(saved["torch_rng"])
         torch.cuda.set_rng_state_all(saved["cuda_rng"][: torch.cuda.device_count()])
-    next_obs = agent.normalize(next_obs, update=not saved)  # (N, *obs_shape)
-    obs, actions = (torch.zeros((T, *x.shape), dtype=x.dtype, device=device) for x in (next_obs, action))
+    x = agent.normalize(next_obs, update=not saved)  # (N, *obs_shape)
+    obs, actions = (torch.zeros((T, *x.shape), dtype=x.dtype, device=device) for x in (x, action))
     logprobs, values = torch.zeros((2, T, N), device=device)
     rollout = np.zeros((2, T, N), np.float32)  # rewards and dones, moved to the device once per iteration
+
+    def act(obs, new):  # raw ones, (N, *obs_shape) -> what the buffer keeps of a step
+        obs = agent.normalize(obs, update=new)
+        action, logprob, _, value = agent.get_action_and_value(obs)
+        return obs, action, logprob, value
+
+    def gradient(mb_inds, kl_coef, *batch):  # of the loss of a minibatch (M,), clipped; and its stats
+        mb_obs, mb_actions, *others = (x.index_select(0, mb_inds) for x in batch)  # faster than x[mb_inds]
+        _, *new = agent.get_action_and_value(mb_obs, mb_actions)  # logprob, entropy, value
+        loss, stats = ppo_loss(*new, *others, args, kl_coef)
+        grads = torch.autograd.grad(loss, params, materialize_grads=True)
+        stats["grad_norm"] = torch.cat([x.flatten() for x in grads]).norm()  # [core 11] before it is clipped
+        scale = ((args.max_grad_norm or math.inf) / (stats["grad_norm"] + 1e-6)).clamp(max=1.0)
+        return [x * scale for x in grads], stats
+
+    if args.compile:  # equal to rounding: the same random numbers; one graph for loss, gradient, clipping
+        torch.compiler.reset()
+        torch._dynamo.config.trace_autograd_ops = True
+        how = dict(fullgraph=True, options={"fallback_random": True, "cpp_wrapper": True})
+        act, gradient = torch.compile(act, **how), torch.compile(gradient, **how)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -363,17 +379,14 @@ def train(args, merged=False, received=()):
             rollout_time = time.time()
             with torch.no_grad():
                 for step in range(T):
-                    obs[step] = next_obs
-                    actions[step], logprobs[step], _, values[step] = agent.get_action_and_value(next_obs)
+                    obs[step], actions[step], logprobs[step], values[step] = act(next_obs, new=step > 0)
                     next_obs, rollout[0, step], term, trunc, infos = envs.step(actions[step].cpu().numpy())
                     rollout[1, step] = term | trunc
-                    cut = trunc & ~term
-                    if cut.any():  # [ours 1] time ran out, the task went on: add what V expects of the rest
-                        final_obs = torch.as_tensor(np.stack(infos["final_obs"][cut]), device=device)
-                        final_value = agent.get_value(agent.normalize(final_obs))  # one per truncated episode
-                        rollout[0, step, cut] += args.gamma * final_value.cpu().numpy()
-                    next_obs = agent.normalize(torch.as_tensor(next_obs, device=device), update=True)
-                next_value = agent.get_value(next_obs)  # (N,)
+                    if (cut := trunc & ~term).any():  # [ours 1] time ran out: add what V expects of the rest
+                        ends = agent.normalize(torch.from_numpy(np.stack(infos["final_obs"][cut])).to(device))
+                        rollout[0, step, cut] += args.gamma * agent.get_value(ends).cpu().numpy()
+                    next_obs = torch.from_numpy(next_obs).to(device)
+                next_value = agent.get_value(agent.normalize(next_obs, update=True))  # (N,)
             global_step += B
 
             # --- 3. advantages ---
@@ -382,27 +395,23 @@ def train(args, merged=False, received=()):
             advantages, returns = compute_gae(rewards, values, dones, next_value, args.gamma, args.gae_lambda)
 
             # --- 4. update: every epoch visits the batch in a new order, in equal minibatches [core 6] ---
-            b_obs, b_actions = obs.view(B, -1), actions.flatten(0, 1)  # (B, ...)
-            b_others = [x.flatten() for x in (logprobs, advantages, returns, values)]  # (B,) each
+            batch = [x.flatten(0, 1) for x in (obs, actions, logprobs, advantages, returns, values)]
             order = torch.cat([torch.randperm(B, device=device) for _ in range(args.update_epochs)])
             updates = []
             for mb_inds in order.view(-1, B // args.num_minibatches):  # (M,)
-                mb_obs = b_obs.index_select(0, mb_inds).view(-1, *obs.shape[2:])  # faster than [mb_inds]
-                _, *new = agent.get_action_and_value(mb_obs, b_actions[mb_inds])  # logprob, entropy, value
-                loss, stats = ppo_loss(*new, *(x[mb_inds] for x in b_others), args, kl_coef)
+                grads, stats = gradient(mb_inds, kl_coef and torch.tensor(kl_coef), *batch)
                 # [ours 3] before this step goes too far; never in the first minibatch, whose KL is about 0
                 if args.target_kl is not None and updates and stats["approx_kl"] > args.target_kl:
                     break
-                optimizer.zero_grad()
-                loss.backward()
-                norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm or math.inf)
+                for param, grad in zip(params, grads, strict=True):
+                    param.grad = grad
                 optimizer.step()
-                updates.append(stats | {"grad_norm": norm})  # [core 11] the norm before it was clipped
+                updates.append(stats)
             charts = {"learning_rate": optimizer.param_groups[0]["lr"], "updates": len(updates)}
             if kl_coef is not None:  # PPO paper, section 4: beta follows the KL(old || new) of a whole update
                 with torch.no_grad():
-                    _, *new = agent.get_action_and_value(obs.flatten(0, 1), b_actions)  # (B,) each
-                kl, target = ppo_loss(*new, *b_others, args)[1]["approx_kl"].item(), args.kl_penalty_target
+                    _, *new = agent.get_action_and_value(*batch[:2])  # (B,) each
+                kl, target = ppo_loss(*new, *batch[2:], args)[1]["approx_kl"].item(), args.kl_penalty_target
                 charts |= {"kl_coef": kl_coef, "kl": kl}
                 kl_coef *= 2.0 if kl > 1.5 * target else 0.5 if kl < target / 1.5 else 1.0
                 kl_coef = min(max(kl_coef, 1e-6), 1e6)  # thousands of halvings would end at 0
@@ -422,7 +431,8 @@ def train(args, merged=False, received=()):
                 charts["episodic_return"] = score = float(np.mean(envs.return_queue))
                 charts["episodic_length"] = np.mean(envs.length_queue)
             losses = {"policy_loss": means.pop("pg_loss"), "value_loss": means.pop("v_loss"), **means}
-            losses["explained_variance"] = explained_variance(values, returns)
+            unexplained = (returns - values).var().item() / (returns.var().item() or math.nan)
+            losses["explained_variance"] = 1 - unexplained  # nan for constant returns
             for group, metrics in ("charts", charts), ("losses", losses):
                 for key, value in metrics.items():
                     writer.add_scalar(f"{group}/{key}", value, global_step)

@@ -26,6 +26,7 @@ recipe() {
 recipe cartpole ppo_discrete.py
 recipe default-halfcheetah ppo_continuous.py
 recipe breakout ppo_atari.py --total-timesteps 1000000 --precision bf16
+recipe breakout-fp32 ppo_atari.py --total-timesteps 1000000 --precision fp32
 recipe pong ppo_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 2000000 --precision bf16
 
 # Settings near those of strong published results

@@ -69,9 +69,9 @@ def train(monkeypatch):
     return start
 
 
-def resume(script, result, **flags):
+def resume(script, result, received=(), **flags):
     """Go on with the flags of the first run, but those given."""
-    return script.train(script.Args(resume=str(result["run_dir"]), **flags))
+    return script.train(script.Args(resume=str(result["run_dir"]), **flags), received=received)
 
 
 @pytest.fixture
@@ -792,12 +792,69 @@ def test_b38_resumed_environments_get_new_seeds(script, train, watch):
     assert tags[0] == {1, 2} and not tags[0] & tags[1]
 
 
+def assert_close(one, other):
+    """Two runs with the same parameters and the same logs, up to rounding."""
+    for a, b in zip(one["agent"].parameters(), other["agent"].parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5), (a - b).abs().max()
+    logged = scalars(other)
+    for name, numbers in scalars(one).items():
+        if "SPS" not in name:
+            assert logged[name] == pytest.approx(numbers, rel=1e-2, abs=1e-4, nan_ok=True), name
+
+
+@pytest.mark.slow
+def test_compiled_run_is_the_eager_one(script, train):
+    """On a real environment, 48 updates: every layer has learned, and the same."""
+    flags = dict(update_epochs=8, num_threads=1, **normalised(script))
+    eager, compiled = (train(script, REAL[script.__name__], 3, compile=x, **flags) for x in (False, True))
+    torch.manual_seed(1)
+    start = script.Agent(*eager["agent"].shapes, script.Args(**flags))
+    for a, b, c in zip(*(x.parameters() for x in (eager["agent"], compiled["agent"], start)), strict=True):
+        assert (a - b).norm() < 0.02 * (
+            a - c
+        ).norm()  # Adam makes much of a rounding error in a gradient of 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["clip", "kl-penalty"])
+def test_compiled_run_resumes_as_an_eager_one_and_back(script, train, objective):
+    """With annealing and target_kl; the checkpoint is that of an eager run."""
+    target = 1e-4 if script.__name__ == "ppo_atari" else 0.02
+    flags = dict(objective=objective, learning_rate=3e-3, update_epochs=8, **normalised(script))
+    whole = train(script, "Stateless", 6, target_kl=target, **flags)
+    half = train(script, "Stateless", 6, received=[2], compile=True, target_kl=target, **flags)
+    middle = resume(script, half, received=[2], compile=False)
+    resumed = resume(script, half, compile=True)
+    assert [x["global_step"] for x in (half, middle, resumed)] == [16, 32, 96]
+    assert 6 < sum(scalars(whole)["charts/updates"]) < 96  # target_kl stopped some
+    assert_close(whole, resumed)
+    loaded = script.load_agent(resumed["run_dir"])
+    assert type(resumed["agent"]) is script.Agent and same(state(loaded), state(resumed["agent"]))
+
+
+def test_compile_without_a_compiler_is_refused(script, train, monkeypatch):
+    monkeypatch.setattr(script, "which", lambda name: None)
+    with pytest.raises(script.UsageError, match=r"--compile needs a C\+\+ compiler"):
+        train(script, "Stateless", 1, compile=True)
+    train(script, "Stateless", 1)
+
+
 @pytest.mark.parametrize("name", ["discrete", "continuous"])
 def test_async_processes_give_the_same_run(name, train, request):
     script = request.getfixturevalue(name)
     flags = dict(iterations=2, max_episode_steps=6, **normalised(script))
     a, b = (train(script, REAL[script.__name__], vectorization=kind, **flags) for kind in ("sync", "async"))
     assert same(state(a["agent"]), state(b["agent"])) and a["episodic_return"] == b["episodic_return"]
+
+
+@pytest.mark.parametrize("factor, expected", [(1, 1.0), (3, 5 / 9), (-1, -3.0), (0, math.nan)])
+def test_b41_explained_variance(script, train, monkeypatch, factor, expected):
+    """Of returns that are a multiple of the values; constant ones leave nothing to explain."""
+    real = script.compute_gae
+    monkeypatch.setattr(script, "compute_gae", lambda *args: (real(*args)[0], factor * args[1]))
+    result = train(script, "Ids", 1, num_minibatches=1, update_epochs=1)
+    (logged,) = scalars(result)["losses/explained_variance"]
+    assert logged == pytest.approx(expected, abs=1e-4, nan_ok=True)
 
 
 # --- what a run promises ------------------------------------------------------------------------------------

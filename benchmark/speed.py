@@ -1,0 +1,364 @@
+"""Steps per second of the scripts, of Stable-Baselines3 at the same hyperparameters, and of the machine.
+
+    pip install -r benchmark/requirements.txt
+    python benchmark/speed.py                         # writes benchmark/speed.csv and prints its table
+    python benchmark/speed.py --tasks cartpole --rounds 5
+    python benchmark/speed.py --growth                # --num-envs 1 to 256: benchmark/growth.csv, growth.png
+
+Each measurement is a process of its own, with its own peak of memory and its own start. Rounds alternate
+between programs, so that whatever else the machine does hits all of them. Times are means over the iterations
+after the first two, tables show medians over rounds. The limit is the time that the environments take with
+random actions plus that of the matrix products and convolutions, of rollout and update, and nothing else.
+"""
+
+import csv
+import dataclasses
+import importlib
+import importlib.metadata
+import itertools
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import tyro
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+# What is not said is a default of the script. iterations: how many are timed, after WARMUP others
+TASKS = {
+    "cartpole": dict(script="ppo_discrete", iterations=60),
+    "halfcheetah": dict(script="ppo_continuous", iterations=8),
+    "breakout": dict(script="ppo_atari", iterations=8),
+}
+PROGRAMS = {  # a program that is neither sb3 nor limit is the script with these flags
+    "eager": {},
+    "compile": {"compile": True},
+    "sb3": {},
+    "limit": {},
+    "bf16": {"precision": "bf16"},
+    "bf16 compile": {"precision": "bf16", "compile": True},
+    "bf16 limit": {"precision": "bf16"},
+}
+WARMUP = 2
+
+
+@dataclasses.dataclass
+class Args:
+    tasks: tuple[str, ...] = tuple(TASKS)
+    rounds: int = 3
+    threads: int = 0  # of torch and of the emulators, in all programs; 0: what each takes by itself
+    growth: bool = False  # instead: the scripts with 1 to 256 environments
+    measure: str = ""  # one measurement, in JSON: this file starts itself with it
+
+
+class Clock:
+    """When iterations, rollouts and updates ended, and how long environments took."""
+
+    def __init__(self, wanted):
+        self.wanted, self.marks, self.in_envs = wanted, [], 0.0
+
+    def watch(self, envs, method="step"):
+        step = getattr(envs, method)
+
+        def timed(*args):
+            start = time.perf_counter()
+            result = step(*args)
+            self.in_envs += time.perf_counter() - start
+            return result
+
+        setattr(envs, method, timed)
+        return envs
+
+    def mark(self, what):
+        self.marks.append((what, time.perf_counter(), self.in_envs))
+
+    @property
+    def done(self):
+        return sum(what == "end" for what, *_ in self.marks) >= self.wanted + WARMUP
+
+    def row(self, batch, born):
+        ends = [(now, in_envs) for what, now, in_envs in self.marks if what == "end"]
+        halves = [now for what, now, _ in self.marks if what == "half"]
+        (start, envs_start), (stop, envs_stop) = ends[WARMUP - 1], ends[-1]
+        count = len(ends) - WARMUP
+        rollout = sum(half - end for half, (end, _) in zip(halves[WARMUP:], ends[WARMUP - 1 :], strict=False))
+        envs = envs_stop - envs_start
+        return {
+            "sps": round(count * batch / (stop - start), 1),
+            "environment_ms": round(1e3 * envs / count, 2),
+            "policy_ms": round(1e3 * (rollout - envs) / count, 2),
+            "update_ms": round(1e3 * (stop - start - rollout) / count, 2),
+            "first_iteration_s": round(ends[0][0] + time.time() - time.perf_counter() - born, 2),
+        }
+
+
+def measure_ours(script, flags, iterations, born):
+    """train() as it is; its clock is read from what it logs."""
+    stop, clock = [], Clock(iterations)
+
+    class Writer(script.SummaryWriter):
+        def add_scalar(self, key, value, step):
+            super().add_scalar(key, value, step)
+            if key == "charts/SPS_update":  # the update ended just now: subtract what it took
+                what, (end, in_envs) = "half", (time.perf_counter() - batch / value, clock.in_envs)
+                clock.marks.append((what, end, in_envs))
+                clock.mark("end")
+                stop.extend([0] * clock.done)
+
+    make_envs, script.SummaryWriter = script.make_envs, Writer
+    script.make_envs = lambda *args: clock.watch(make_envs(*args))
+    args = script.Args(run_dir=tempfile.mkdtemp(), **flags)
+    batch = args.num_envs * args.num_steps
+    script.torch.set_num_threads(args.num_threads or script.torch.get_num_threads())
+    script.train(args, received=stop)
+    return clock.row(batch, born)
+
+
+def measure_sb3(args, iterations, born):
+    """SB3's PPO, told to do what the script does by default."""
+    import gymnasium
+    import stable_baselines3 as sb3
+    import torch
+    from stable_baselines3.common import callbacks, env_util, vec_env
+
+    if hasattr(args, "precision"):
+        envs = env_util.make_atari_env(args.env_id, args.num_envs, seed=1)
+        envs, policy = vec_env.VecFrameStack(envs, 4), "CnnPolicy"
+        kwargs = {}
+    else:
+        envs = vec_env.DummyVecEnv([lambda: env_util.Monitor(gymnasium.make(args.env_id))] * args.num_envs)
+        policy = "MlpPolicy"
+        kwargs = dict(net_arch=list(args.hidden_sizes), activation_fn=torch.nn.Tanh)
+        if args.norm_obs:
+            envs = vec_env.VecNormalize(envs, gamma=args.gamma)
+    clock, batch = Clock(iterations), args.num_steps * args.num_envs
+
+    class Callback(callbacks.BaseCallback):
+        def _on_rollout_start(self):
+            if self.num_timesteps:  # the first one starts before anything was trained
+                clock.mark("end")
+
+        def _on_rollout_end(self):
+            clock.mark("half")
+
+        def _on_step(self):
+            return not clock.done
+
+    model = sb3.PPO(
+        policy,
+        clock.watch(envs, "step_wait"),
+        learning_rate=lambda remaining: remaining * args.learning_rate,
+        n_steps=args.num_steps,
+        batch_size=batch // args.num_minibatches,
+        n_epochs=args.update_epochs,
+        gamma=args.gamma,
+        gae_lambda=args.gae_lambda,
+        clip_range=args.clip_coef,
+        clip_range_vf=args.clip_coef,
+        ent_coef=args.ent_coef,
+        vf_coef=args.vf_coef / 2,  # SB3's value loss lacks the factor 1/2
+        max_grad_norm=args.max_grad_norm,
+        policy_kwargs=kwargs,
+        device="cpu",
+        seed=1,
+    )
+    model.learn(args.total_timesteps, Callback())
+    return clock.row(batch, born)
+
+
+def products(torch, agent, obs):
+    """A function that does the matrix products and convolutions of a forward pass, one of a backward pass."""
+    layers = []
+    hooks = [
+        module.register_forward_hook(lambda module, x, y: layers.append((module, x[0], torch.randn_like(y))))
+        for module in agent.modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+    ]
+    with torch.no_grad():
+        agent.get_action_and_value(agent.normalize(obs))
+    for hook in hooks:
+        hook.remove()
+    layers = [(x, dy, m.weight.detach().to(x.dtype), getattr(m, "stride", 0)) for m, x, dy in layers]
+    convolution, linear = torch.conv2d, torch.nn.functional.linear
+    backward_of = torch.ops.aten.convolution_backward
+
+    def forward():
+        for x, _, weight, stride in layers:
+            convolution(x, weight, None, stride) if stride else linear(x, weight)
+
+    def backward():
+        for i, (x, dy, weight, stride) in enumerate(layers):
+            first = i == 0 or x.shape[1:] == layers[0][0].shape[1:]  # needs no gradient of its input
+            dy = dy.to(x.dtype)
+            if stride:
+                mask = [not first, True, False]
+                backward_of(dy, x, weight, None, stride, [0, 0], [1, 1], False, [0, 0], 1, mask)
+            else:
+                dy.T @ x
+                None if first else dy @ weight
+
+    return forward, backward
+
+
+def measure_limit(script, args, iterations):
+    """Environments alone, and products and convolutions alone, each as often as an iteration needs them."""
+    torch, envs = script.torch, script.make_envs(args, args.num_envs)
+    torch.set_num_threads(args.num_threads or torch.get_num_threads())
+    bare, space = envs.unwrapped, envs.single_action_space  # without our statistics of rewards
+    obs = torch.tensor(bare.reset(seed=1)[0])
+    bare.action_space.seed(1)
+    actions = [bare.action_space.sample() for _ in range(args.num_steps)]
+    outputs = space.n.item() if hasattr(space, "n") else space.shape[0]
+    agent = script.Agent(obs.shape[1:], outputs, args)
+    batch = args.num_steps * args.num_envs
+    minibatch = obs[torch.arange(batch // args.num_minibatches) % len(obs)]
+    act, (forward, backward) = products(torch, agent, obs)[0], products(torch, agent, minibatch)
+    times = []
+    for _ in range(iterations):
+        marks = [time.perf_counter()]
+        for action in actions:
+            bare.step(action)
+        marks.append(time.perf_counter())
+        for _ in actions:
+            act()
+        marks.append(time.perf_counter())
+        for _ in range(args.update_epochs * args.num_minibatches):
+            forward()
+            backward()
+        marks.append(time.perf_counter())
+        times.append([after - before for before, after in itertools.pairwise(marks)])
+    env, policy, update = (1e3 * statistics.fmean(x[1:]) for x in zip(*times, strict=True))
+    parts = {"environment_ms": env, "policy_ms": policy, "update_ms": update}
+    return {"sps": batch / sum(parts.values()) * 1e3} | parts
+
+
+def measure(task, program, flags, iterations, born):
+    """One measurement, a dict."""
+    script = importlib.import_module(TASKS[task]["script"])
+    args = script.Args(**flags)
+    if program == "sb3":
+        script.torch.set_num_threads(args.num_threads or script.torch.get_num_threads())
+        row = measure_sb3(args, iterations, born)
+    elif "limit" in program:
+        row = measure_limit(script, args, iterations)
+    else:
+        row = measure_ours(script, flags, iterations, born)
+    row["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {key: round(value, 2) for key, value in row.items()}
+
+
+def start(task, program, flags, iterations):
+    """measure() in a new process; nothing but its numbers comes back."""
+    job = dict(task=task, program=program, flags=flags, iterations=iterations, born=time.time())
+    command = [sys.executable, __file__, "--measure", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{command}\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def machine():
+    """What numbers depend on."""
+    names = "torch gymnasium ale-py mujoco numpy stable-baselines3".split()
+    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((x.split(":")[1].strip() for x in info if x.startswith("model name")), platform.processor())
+    versions = " ".join(f"{name}={importlib.metadata.version(name)}" for name in names)
+    return {"cpu": cpu, "cores": len([x for x in info if x.startswith("processor")]), "versions": versions}
+
+
+def write(path, rows):
+    with path.open("w", newline="") as file:
+        keys = list(dict.fromkeys(key for row in rows for key in row))
+        writer = csv.DictWriter(file, keys)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def compare(args):
+    rows = []
+    for number in range(args.rounds):
+        for task in args.tasks:
+            for program, flags in PROGRAMS.items():
+                if "bf16" in program and task != "breakout":
+                    continue
+                flags = flags | ({"num_threads": args.threads} if args.threads else {})
+                row = start(task, program, flags, TASKS[task]["iterations"])
+                rows.append({"task": task, "program": program, "round": number + 1} | row | machine())
+                print(*rows[-1].values(), flush=True)
+    write(HERE / "speed.csv", rows)
+    print("\n".join(table(rows)))
+
+
+def table(rows):
+    """Lines of Markdown: medians over the rounds; ratios are medians of the ratios within a round."""
+    lines = [
+        "| task | program | steps/s | x SB3 | environments | policy | update | memory | first iteration |"
+    ]
+    lines.append("| --- " * 9 + "|")
+    value = {(row["task"], row["program"], str(row["round"]), key): row[key] for row in rows for key in row}
+    for task, program in dict.fromkeys((row["task"], row["program"]) for row in rows):
+        rounds = [str(row["round"]) for row in rows if (row["task"], row["program"]) == (task, program)]
+
+        def median(key, over=None, task=task, program=program, rounds=rounds):
+            numbers = [
+                float(value[task, program, x, key]) / (float(value[task, over, x, key]) if over else 1)
+                for x in rounds
+                if value[task, program, x, key] not in ("", None)
+            ]
+            return statistics.median(numbers) if numbers else None
+
+        parts = [f"{median(key):.0f} ms" for key in ("environment_ms", "policy_ms", "update_ms")]
+        first = (
+            f"{median('first_iteration_s'):.1f} s"
+            if value.get((task, program, rounds[0], "first_iteration_s"))
+            else "-"
+        )
+        cells = [task, program, f"{median('sps'):,.0f}", f"{median('sps', 'sb3'):.2f}", *parts]
+        lines.append("| " + " | ".join([*cells, f"{median('peak_mb'):.0f} MB", first]) + " |")
+    return lines
+
+
+def grow(args):
+    """Batches of 128 steps, since 256 environments of 2,048 would fill minutes."""
+    rows = []
+    for task, number in itertools.product(args.tasks, (1, 2, 4, 8, 16, 32, 64, 128, 256)):
+        flags = {"num_envs": number, "num_steps": 128}
+        flags |= {"precision": "bf16"} if task == "breakout" else {}
+        flags |= {"num_threads": args.threads} if args.threads else {}
+        iterations = max(2 if task == "breakout" else 3, 64 // number)
+        row = start(task, "eager", flags, iterations)
+        rows.append({"task": task, "num_envs": number} | row | machine())
+        print(*rows[-1].values(), flush=True)
+    write(HERE / "growth.csv", rows)
+    draw(rows, HERE / "growth.png")
+
+
+def draw(rows, path):
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for axis, key, label in zip(
+        axes, ("sps", "peak_mb"), ("steps per second", "peak memory, MB"), strict=True
+    ):
+        for task in dict.fromkeys(row["task"] for row in rows):
+            mine = [row for row in rows if row["task"] == task]
+            axis.plot([int(x["num_envs"]) for x in mine], [float(x[key]) for x in mine], "o-", label=task)
+        axis.set(xscale="log", yscale="log", xlabel="--num-envs", ylabel=label)
+        axis.set_xticks([1, 4, 16, 64, 256], ["1", "4", "16", "64", "256"])
+        axis.legend()
+    figure.savefig(path, dpi=80)
+
+
+if __name__ == "__main__":
+    chosen = tyro.cli(Args)
+    if chosen.measure:
+        print(json.dumps(measure(**json.loads(chosen.measure))))
+    else:
+        (grow if chosen.growth else compare)(chosen)
