@@ -4,7 +4,7 @@
 #                 "tqdm==4.70.1", "moviepy==2.2.1", "pygame-ce==2.5.8", "mujoco==3.6.0"]
 # ///
 """PPO for continuous actions and vector observations, the whole algorithm in one file. Try --help.
-Measured, torch 2.13 on one core of an AMD EPYC: HalfCheetah-v5 1846, 1740, 1851 (seeds 1-3) in 8 minutes.
+Measured, torch 2.13 on one core of an AMD EPYC: HalfCheetah-v5 1846, 1740, 1851 (seeds 1-3).
 Papers: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02438. Tags in brackets number
 details of https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details and, as "ours", what is new
 against CleanRL's ppo_continuous_action.py. Shapes: T num_steps, N num_envs, B = T * N batch, M minibatch."""
@@ -180,23 +180,23 @@ class Agent(nn.Module):  # Gaussian policy and value function in separate networ
     def normalize(self, obs, update=False):
         if not self.norm_obs:  # obs: raw ones (N, *obs_shape), result: what the buffer and the networks take
             return obs.float()
-        if update:  # in the rollout only. Welford's formulas (1962), for N observations at once
+        if update:  # [cont 6] in the rollout only. Welford's formulas (1962), for N observations at once
             delta, count = obs - self.obs_mean, self.obs_count.add_(len(obs))
             self.obs_mean.add_(delta.sum(0) / count)
             self.obs_var.add_(((delta * (obs - self.obs_mean)).sum(0) - len(obs) * self.obs_var) / count)
-        normal = (obs - self.obs_mean) / (self.obs_var + 1e-8).sqrt()  # [cont 6]
-        return normal.clamp(-10, 10).float()  # [cont 7]
+        return ((obs - self.obs_mean) / (self.obs_var + 1e-8).sqrt()).clamp(-10, 10).float()  # [cont 7]
 
     def get_value(self, obs):
         return self.critic(obs).squeeze(-1)  # V of each observation, (N,)
 
     def get_action_and_value(self, obs, action=None, deterministic=False):
         """Action (given, sampled or the mean), (N, A), its log-probability, the policy's entropy, V; (N,)."""
-        mean = self.actor_mean(obs)  # (N, A); it depends on the observation, the std does not [cont 2]
-        dist = torch.distributions.Normal(mean, self.actor_logstd.exp(), validate_args=False)  # [cont 1]
-        if action is None:  # half the time of dist.sample()
-            action = mean if deterministic else mean + dist.scale * torch.randn_like(mean)
-        return action, dist.log_prob(action).sum(-1), dist.entropy().sum(-1), self.get_value(obs)  # [cont 3]
+        mean, logstd = self.actor_mean(obs), self.actor_logstd  # (N, A), (A,): the std ignores obs [cont 2]
+        if action is None:
+            action = mean if deterministic else mean + logstd.exp() * torch.randn_like(mean)  # [cont 1]
+        peak = logstd + 0.5 * math.log(2 * math.pi)  # by hand: torch.distributions takes half of a step
+        logprob = -(peak + 0.5 * ((action - mean) / logstd.exp()) ** 2).sum(-1)  # [cont 3]
+        return action, logprob, (peak + 0.5).sum().expand(len(obs)), self.get_value(obs)
 
 
 def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):

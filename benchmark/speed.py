@@ -292,7 +292,10 @@ def compare(args):
                 row = start(task, program, flags, TASKS[task]["iterations"])
                 rows.append({"task": task, "program": program, "round": number + 1} | row | machine())
                 print(*rows[-1].values(), flush=True)
-    write(HERE / "speed.csv", rows)
+    path = HERE / "speed.csv"
+    old = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+    rows = [row for row in old if row["task"] not in args.tasks] + rows
+    write(path, rows)
     print("\n".join(table(rows)))
 
 

@@ -1,14 +1,19 @@
 """Write line numbers and results into README.md: python tests/update_readme.py
 
 The rows of details point to the lines with their tags; [name]: file.py#L1 "code" to the line with that code;
-the rows of recipes, | `name` | ..., get the numbers of benchmark/results.csv, a number per seed.
+the rows of recipes, | `name` | ..., get the numbers of benchmark/results.csv, a number per seed; the table of
+speeds is that of benchmark/speed.csv.
 """
 
 import csv
 import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmark"))
+import speed  # noqa: E402
+
 NAMES = ("discrete", "continuous", "atari")
 COLUMNS = ("last_100_returns", "evaluated_mean", "deterministic_mean")
 
@@ -45,6 +50,9 @@ def updated(text):
     text = row.sub(lambda m: f"| {m[1]} | {where(m[1])} |", text)
     link = re.compile(r'^(\[\w+\]: (\S+\.py)#L)\d+( "(.+)")$', re.M)
     text = link.sub(lambda m: f"{m[1]}{lines_with(m[2], m[4])[0]}{m[3]}", text)
+    with (ROOT / "benchmark/speed.csv").open(newline="") as file:
+        speeds = "\n".join(speed.table(list(csv.DictReader(file)))) + "\n"
+    text = re.sub(r"^\| task \| program \|.*\n(?:\|.*\n)+", lambda m: speeds, text, flags=re.M)
     row, cells = re.compile(r"^\| `([\w-]+)` \|[^|\n]*\|[^|\n]*\|[^|\n]*\|", re.M), results()
     known = (ROOT / "benchmark/recipes.sh").read_text()
     cells |= {
