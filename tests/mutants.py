@@ -1453,7 +1453,7 @@ MUTANTS = [
     ),
     (
         "test_training.py",
-        "test_compiled_run_resumes_as_an_eager_one_and_back",
+        "test_compiled_run_goes_on_from_an_eager_one_and_from_itself",
         "ppo_atari",
         'capture_video", "compile"}',
         'capture_video"}',
