@@ -39,7 +39,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda if there is one, else the CPU
     num_threads: int = 0  # CPU threads of torch and of the emulators, 0: their choice
     precision: Literal["auto", "fp32", "bf16"] = "fp32"  # of the CNN; auto: bf16 on CPUs with AVX512-BF16
-    compile: bool = False  # torch.compile: 10 s at the start, then faster; needs a C++ compiler
+    compile: bool = False  # torch.compile: slower to start, most runs then faster; needs g++
     torch_deterministic: bool = True  # on CUDA: only deterministic cuDNN kernels
     track: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project_name: str = "ppo"  # project for --track
@@ -338,7 +338,7 @@ def train(args, merged=False, received=()):
     logprobs, values = torch.zeros((2, T, N), device=device)
     rollout = np.zeros((2, T, N), np.float32)  # rewards and dones, moved to the device once per iteration
 
-    def act(obs, new):  # raw ones, (N, *obs_shape) -> what the buffer keeps of a step
+    def act(obs, new):  # raw ones, new to the statistics or not -> what the buffer keeps of a step
         obs = agent.normalize(obs, update=new)
         action, logprob, _, value = agent.get_action_and_value(obs)
         return obs, action, logprob, value

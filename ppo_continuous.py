@@ -38,7 +38,7 @@ class Args:
     seed: int = 1  # seed of torch, numpy, Python's random and the environments
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the CPU; mps: no, it lacks float64
     num_threads: int = 1  # CPU threads of torch, 0: torch's choice; networks this small gain nothing
-    compile: bool = False  # torch.compile: 10 s at the start, then faster; needs a C++ compiler
+    compile: bool = False  # torch.compile: slower to start, most runs then faster; needs g++
     torch_deterministic: bool = True  # on CUDA: only deterministic cuDNN kernels
     track: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project_name: str = "ppo"  # project for --track
@@ -194,7 +194,7 @@ class Agent(nn.Module):  # Gaussian policy and value function in separate networ
         mean, logstd = self.actor_mean(obs), self.actor_logstd  # (N, A), (A,): the std ignores obs [cont 2]
         if action is None:
             action = mean if deterministic else mean + logstd.exp() * torch.randn_like(mean)  # [cont 1]
-        peak = logstd + 0.5 * math.log(2 * math.pi)  # by hand: torch.distributions takes half of a step
+        peak = logstd + 0.5 * math.log(2 * math.pi)  # by hand: torch.distributions is slower
         logprob = -(peak + 0.5 * ((action - mean) / logstd.exp()) ** 2).sum(-1)  # [cont 3]
         return action, logprob, (peak + 0.5).sum().expand(len(obs)), self.get_value(obs)
 
@@ -250,7 +250,7 @@ def save_checkpoint(path, agent, optimizer, envs, args, iteration, kl_coef):
     cuda = torch.cuda.is_initialized()  # to ask would start CUDA in a run on the CPU
     saved |= {"torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all() if cuda else []}
     saved |= {"numpy_rng": [np.asarray(x).tolist() for x in np.random.get_state()], "kl_coef": kl_coef}
-    saved["reward_scale"] = [*map(float, (envs.count, envs.mean, envs.var, *envs.discounted))]
+    saved["reward_scale"] = [*map(float, (envs.mean, envs.var, envs.count, *envs.discounted))]
     torch.save(saved, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)  # a crash leaves the old file or the new one, never half of one
 
@@ -328,7 +328,7 @@ def train(args, merged=False, received=()):
     if saved:
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
-        envs.count, envs.mean, envs.var, *envs.discounted[:] = saved["reward_scale"]
+        envs.mean, envs.var, envs.count, *envs.discounted[:] = saved["reward_scale"]
         random.setstate(saved["python_rng"])
         np.random.set_state(saved["numpy_rng"])
         torch.set_rng_state(saved["torch_rng"])
@@ -338,7 +338,7 @@ def train(args, merged=False, received=()):
     logprobs, values = torch.zeros((2, T, N), device=device)
     rollout = np.zeros((2, T, N), np.float32)  # rewards and dones, moved to the device once per iteration
 
-    def act(obs, new):  # raw ones, (N, *obs_shape) -> what the buffer keeps of a step
+    def act(obs, new):  # raw ones, new to the statistics or not -> what the buffer keeps of a step
         obs = agent.normalize(obs, update=new)
         action, logprob, _, value = agent.get_action_and_value(obs)
         return obs, action, logprob, value
