@@ -1480,6 +1480,13 @@ MUTANTS = [
         'get("avx512_bf16", False)',
         'get("avx2", False)',
     ),
+    (
+        "test_training.py",
+        "test_reward_statistics_are_saved_in_the_order_of_older_versions",
+        "ppo_continuous",
+        "(envs.mean, envs.var, envs.count, *envs.discounted)",
+        "(envs.count, envs.mean, envs.var, *envs.discounted)",
+    ),
 ]
 
 if __name__ == "__main__":

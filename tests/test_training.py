@@ -763,6 +763,19 @@ def test_b38_resumed_run_is_the_uninterrupted_one(script, train, monkeypatch, ob
         assert plain(files[0][key]) == plain(files[1][key]), key
 
 
+def test_reward_statistics_are_saved_in_the_order_of_older_versions(mlp_script, train):
+    """Mean, variance, count, then one discounted return per environment: older checkpoints resume with it."""
+    result = train(mlp_script, REAL[mlp_script.__name__], 2, **normalised(mlp_script))
+    path = result["run_dir"] / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    mean, var, count, *discounted = saved["reward_scale"]
+    assert (count, len(discounted)) == (32, 2) and var > 0 and mean not in (0, count)
+    saved["reward_scale"][2] = 1000.0
+    torch.save(saved, path)
+    resume(mlp_script, result, total_timesteps=48)
+    assert torch.load(path, weights_only=True)["reward_scale"][2] == 1016
+
+
 def test_b38_more_steps_for_a_finished_run(script, train):
     """Without annealing, 4 iterations are also 2 and, after --total-timesteps has grown, 2 more."""
     whole = train(script, "Stateless", 4, anneal_lr=False, **normalised(script))
