@@ -9,6 +9,7 @@ Papers: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.024
 details of https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details and, as "ours", what is new
 against CleanRL's ppo_atari.py. Shapes: T num_steps, N num_envs, B = T * N batch, M minibatch."""
 
+import ctypes
 import dataclasses
 import difflib
 import math
@@ -39,7 +40,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda if there is one, else the CPU
     num_threads: int = 0  # CPU threads of torch and of the emulators, 0: their choice
     precision: Literal["auto", "fp32", "bf16"] = "fp32"  # of the CNN; auto: bf16 on CPUs with AVX512-BF16
-    compile: bool = False  # torch.compile: slower to start, most runs then faster; needs g++
+    compile: bool = False  # torch.compile: 10 s later, then faster
     torch_deterministic: bool = True  # on CUDA: only deterministic cuDNN kernels
     track: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project_name: str = "ppo"  # project for --track
@@ -95,20 +96,17 @@ def check_args(args):  # before anything is started or written
     batch = f"--num-steps {args.num_steps} x --num-envs {args.num_envs} = {B} in --num-minibatches {parts}"
     require(whole, f"{batch} must give equal parts of 2 or more (of 1 with --no-norm-adv): change one")
     require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
-    require(not args.compile or which("g++"), "--compile needs a C++ compiler: apt install g++")
+    require(not args.compile or which("g++"), "--compile: apt install g++, or use --no-compile")
     require(not args.capture_video or util.find_spec("moviepy"), "--capture-video: pip install moviepy")
     there = args.device in ("auto", "cpu") or getattr(torch, args.device).is_available()
     require(there, f"--device {args.device} is not available to this build of torch: use --device cpu")
 
 
-class LearningSignal(gym.wrappers.vector.RecordEpisodeStatistics):
-    """Records raw returns of whole games, then gives PPO signs of rewards, and lost lives as terminations."""
-
+class LearningSignal(gym.wrappers.vector.RecordEpisodeStatistics):  # which records raw returns of games
     def __init__(self, envs, colour, videos):
         super().__init__(envs)
         self.colour, self.videos, self.frames = colour, videos, []
-        buttons = list(envs.ale.get_action_set())
-        self.fire = buttons.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in buttons else None
+        self.fire = {x: i for i, x in enumerate(envs.ale.get_action_set())}.get(ale_py.Action.FIRE)
 
     def reset(self, **kwargs):
         obs, infos = super().reset(**kwargs)
@@ -206,10 +204,12 @@ def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
     truncated, rewards[t] contains gamma * V(final observation). next_value: (N,), V after the last step."""
     nonterminal = 1.0 - dones.to(values.dtype)  # 0 cuts off what follows in the row: it is another episode
     next_values = torch.cat([values[1:], next_value.unsqueeze(0)])  # (T, N)
-    deltas = rewards + gamma * next_values * nonterminal - values  # eq. 12
-    advantages, lastgaelam = torch.zeros_like(values), torch.zeros_like(next_value)
+    deltas = list(rewards + gamma * next_values * nonterminal - values)  # eq. 12
+    decays = list(gamma * gae_lambda * nonterminal)  # lists of T tensors (N,), faster to index than a (T, N)
+    advantages, lastgaelam = deltas.copy(), torch.zeros_like(next_value)
     for t in reversed(range(len(rewards))):  # eq. 11 as a recursion
-        advantages[t] = lastgaelam = deltas[t] + gamma * gae_lambda * nonterminal[t] * lastgaelam
+        advantages[t] = lastgaelam = deltas[t] + decays[t] * lastgaelam
+    advantages = torch.stack(advantages)
     return advantages, advantages + values
 
 
@@ -233,8 +233,7 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     if args.clip_vloss:  # [core 9] the worse of V and of V moved by at most clip_coef
         clipped_value = values + (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
         v_error = torch.max(v_error, (clipped_value - returns) ** 2)
-    v_loss = 0.5 * v_error.mean()
-    entropy_loss = entropy.mean()
+    v_loss, entropy_loss = 0.5 * v_error.mean(), entropy.mean()
     loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss  # [core 10] eq. 9
     with torch.no_grad():  # [core 12]
         stats = {"pg_loss": pg_loss.detach(), "v_loss": v_loss.detach(), "entropy": entropy_loss.detach()}
@@ -314,13 +313,15 @@ def train(args, merged=False, received=()):
     run_dir = saved["run_dir"] if saved else Path(args.run_dir or f"runs/{name}")
     new = saved or not (run_dir / "checkpoint.pt").exists()
     require(new, f"--run-dir {run_dir} holds a checkpoint: name another one, or --resume {run_dir}")
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if args.device == "auto" else args.device)
+    device = torch.device(args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
     _ = random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     if args.capture_video:  # what is missing for it shows now, not after the training
         make_envs(args, 1, str(run_dir / "videos")).close()
     envs = make_envs(args, N)
+    if sys.platform == "linux":  # glibc shall keep freed memory: to map it anew costs a fifth of an update
+        libc = ctypes.CDLL(None)
+        _ = libc.mallopt(-1, -1), libc.mallopt(-4, 0)  # M_TRIM_THRESHOLD: never; M_MMAP_MAX: no mappings
     agent = Agent(envs.single_observation_space.shape, int(envs.single_action_space.n), args).to(device)
     params = [x for x in agent.parameters() if x.requires_grad]
     optimizer = torch.optim.Adam(params, lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
@@ -376,8 +377,7 @@ def train(args, merged=False, received=()):
 
             # --- 2. rollout: T steps of N environments, across the ends of episodes ---
             rollout_time = time.time()
-            # an outer autocast, off: those inside of it keep their bf16 weights from step to step
-            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):  # inner ones keep bf16 weights
                 for step in range(T):
                     obs[step], actions[step], logprobs[step], values[step] = act(next_obs, new=step > 0)
                     next_obs, rollout[0, step], term, trunc, infos = envs.step(actions[step].cpu().numpy())
@@ -431,8 +431,7 @@ def train(args, merged=False, received=()):
                 charts["episodic_return"] = score = float(np.mean(envs.return_queue))
                 charts["episodic_length"] = np.mean(envs.length_queue)
             losses = {"policy_loss": means.pop("pg_loss"), "value_loss": means.pop("v_loss"), **means}
-            unexplained = (returns - values).var().item() / (returns.var().item() or math.nan)
-            losses["explained_variance"] = 1 - unexplained  # nan for constant returns
+            losses["explained_variance"] = 1 - (returns - values).var() / (returns.var() or math.nan)
             for group, metrics in ("charts", charts), ("losses", losses):
                 for key, value in metrics.items():
                     writer.add_scalar(f"{group}/{key}", value, global_step)

@@ -38,7 +38,7 @@ class Args:
     seed: int = 1  # seed of torch, numpy, Python's random and the environments
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the CPU; mps: no, it lacks float64
     num_threads: int = 1  # CPU threads of torch, 0: torch's choice; networks this small gain nothing
-    compile: bool = False  # torch.compile: slower to start, most runs then faster; needs g++
+    compile: bool = __name__ == "__main__" and bool(which("g++"))  # torch.compile: 10 s later, then faster
     torch_deterministic: bool = True  # on CUDA: only deterministic cuDNN kernels
     track: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project_name: str = "ppo"  # project for --track
@@ -102,7 +102,7 @@ def check_args(args):  # before anything is started or written
     batch = f"--num-steps {args.num_steps} x --num-envs {args.num_envs} = {B} in --num-minibatches {parts}"
     require(whole, f"{batch} must give equal parts of 2 or more (of 1 with --no-norm-adv): change one")
     require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
-    require(not args.compile or which("g++"), "--compile needs a C++ compiler: apt install g++")
+    require(not args.compile or which("g++"), "--compile: apt install g++, or use --no-compile")
     require(not args.capture_video or util.find_spec("moviepy"), "--capture-video: pip install moviepy")
     there = args.device in ("auto", "cpu") or (args.device == "cuda" and torch.cuda.is_available())
     require(there, f"--device {args.device} is not available to this build of torch: use --device cpu")
@@ -205,10 +205,12 @@ def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
     truncated, rewards[t] contains gamma * V(final observation). next_value: (N,), V after the last step."""
     nonterminal = 1.0 - dones.to(values.dtype)  # 0 cuts off what follows in the row: it is another episode
     next_values = torch.cat([values[1:], next_value.unsqueeze(0)])  # (T, N)
-    deltas = rewards + gamma * next_values * nonterminal - values  # eq. 12
-    advantages, lastgaelam = torch.zeros_like(values), torch.zeros_like(next_value)
+    deltas = list(rewards + gamma * next_values * nonterminal - values)  # eq. 12
+    decays = list(gamma * gae_lambda * nonterminal)  # lists of T tensors (N,), faster to index than a (T, N)
+    advantages, lastgaelam = deltas.copy(), torch.zeros_like(next_value)
     for t in reversed(range(len(rewards))):  # eq. 11 as a recursion
-        advantages[t] = lastgaelam = deltas[t] + gamma * gae_lambda * nonterminal[t] * lastgaelam
+        advantages[t] = lastgaelam = deltas[t] + decays[t] * lastgaelam
+    advantages = torch.stack(advantages)
     return advantages, advantages + values
 
 
@@ -232,8 +234,7 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     if args.clip_vloss:  # [core 9] the worse of V and of V moved by at most clip_coef
         clipped_value = values + (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
         v_error = torch.max(v_error, (clipped_value - returns) ** 2)
-    v_loss = 0.5 * v_error.mean()
-    entropy_loss = entropy.mean()
+    v_loss, entropy_loss = 0.5 * v_error.mean(), entropy.mean()
     loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss  # [core 10] eq. 9
     with torch.no_grad():  # [core 12]
         stats = {"pg_loss": pg_loss.detach(), "v_loss": v_loss.detach(), "entropy": entropy_loss.detach()}
@@ -376,7 +377,7 @@ def train(args, merged=False, received=()):
 
             # --- 2. rollout: T steps of N environments, across the ends of episodes ---
             rollout_time = time.time()
-            with torch.no_grad():
+            with torch.inference_mode():
                 for step in range(T):
                     obs[step], actions[step], logprobs[step], values[step] = act(next_obs, new=step > 0)
                     next_obs, rollout[0, step], term, trunc, infos = envs.step(actions[step].cpu().numpy())
@@ -431,8 +432,7 @@ def train(args, merged=False, received=()):
                 charts["episodic_return"] = score = float(np.mean(envs.return_queue))
                 charts["episodic_length"] = np.mean(envs.length_queue)
             losses = {"policy_loss": means.pop("pg_loss"), "value_loss": means.pop("v_loss"), **means}
-            unexplained = (returns - values).var().item() / (returns.var().item() or math.nan)
-            losses["explained_variance"] = 1 - unexplained  # nan for constant returns
+            losses["explained_variance"] = 1 - (returns - values).var() / (returns.var() or math.nan)
             for group, metrics in ("charts", charts), ("losses", losses):
                 for key, value in metrics.items():
                     writer.add_scalar(f"{group}/{key}", value, global_step)

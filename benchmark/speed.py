@@ -2,13 +2,14 @@
 
     pip install -r benchmark/requirements.txt
     python benchmark/speed.py                         # writes benchmark/speed.csv and prints its table
-    python benchmark/speed.py --tasks cartpole --rounds 5
+    python benchmark/speed.py --tasks cartpole --rounds 20
     python benchmark/speed.py --growth                # --num-envs 1 to 256: benchmark/growth.csv, growth.png
 
-Each measurement is a process of its own, with its own peak of memory and its own start. Rounds alternate
-between programs, so that whatever else the machine does hits all of them. Times are means over the iterations
-after the first two, tables show medians over rounds. The limit is the time that the environments take with
-random actions plus that of the matrix products and convolutions, of rollout and update, and nothing else.
+Each program is a process of its own, with its own start and peak of memory. After two iterations they take
+turns of one to four seconds, one at a time, so that whatever else the machine does hits all of them. Times
+are means over the iterations of a turn; tables show medians over rounds of turns, and of ratios in a round.
+The limit is the time that the environments take with random actions plus that of the matrix products and
+convolutions, of rollout and update, and nothing else.
 """
 
 import csv
@@ -17,8 +18,10 @@ import importlib
 import importlib.metadata
 import itertools
 import json
+import os
 import platform
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -31,11 +34,11 @@ import tyro
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-# What is not said is a default of the script. iterations: how many are timed, after WARMUP others
+# What is not said is a default of the script. iterations: of one turn
 TASKS = {
-    "cartpole": dict(script="ppo_discrete", iterations=60),
-    "halfcheetah": dict(script="ppo_continuous", iterations=8),
-    "breakout": dict(script="ppo_atari", iterations=8),
+    "cartpole": dict(script="ppo_discrete", iterations=20),
+    "halfcheetah": dict(script="ppo_continuous", iterations=2),
+    "breakout": dict(script="ppo_atari", iterations=1),
 }
 PROGRAMS = {  # a program that is neither sb3 nor limit is the script with these flags
     "eager": {},
@@ -52,17 +55,19 @@ WARMUP = 2
 @dataclasses.dataclass
 class Args:
     tasks: tuple[str, ...] = tuple(TASKS)
-    rounds: int = 3
+    rounds: int = 10  # of turns
     threads: int = 0  # of torch and of the emulators, in all programs; 0: what each takes by itself
     growth: bool = False  # instead: the scripts with 1 to 256 environments
     measure: str = ""  # one measurement, in JSON: this file starts itself with it
 
 
 class Clock:
-    """When iterations, rollouts and updates ended, and how long environments took."""
+    """Turns of some iterations each, after WARMUP others; the times of one go to the parent when it ends."""
 
-    def __init__(self, wanted):
-        self.wanted, self.marks, self.in_envs = wanted, [], 0.0
+    def __init__(self, job, batch):
+        self.job, self.batch = job, batch
+        self.iterations, self.in_envs, self.rollout, self.first = 0, 0.0, 0.0, None
+        self.times, self.began = [], time.perf_counter()
 
     def watch(self, envs, method="step"):
         step = getattr(envs, method)
@@ -76,52 +81,52 @@ class Clock:
         setattr(envs, method, timed)
         return envs
 
-    def mark(self, what):
-        self.marks.append((what, time.perf_counter(), self.in_envs))
+    def half(self, now):
+        """The rollout of this iteration ended at now."""
+        self.rollout += now - self.began
 
-    @property
-    def done(self):
-        return sum(what == "end" for what, *_ in self.marks) >= self.wanted + WARMUP
-
-    def row(self, batch, born):
-        ends = [(now, in_envs) for what, now, in_envs in self.marks if what == "end"]
-        halves = [now for what, now, _ in self.marks if what == "half"]
-        (start, envs_start), (stop, envs_stop) = ends[WARMUP - 1], ends[-1]
-        count = len(ends) - WARMUP
-        rollout = sum(half - end for half, (end, _) in zip(halves[WARMUP:], ends[WARMUP - 1 :], strict=False))
-        envs = envs_stop - envs_start
-        return {
-            "sps": round(count * batch / (stop - start), 1),
-            "environment_ms": round(1e3 * envs / count, 2),
-            "policy_ms": round(1e3 * (rollout - envs) / count, 2),
-            "update_ms": round(1e3 * (stop - start - rollout) / count, 2),
-            "first_iteration_s": round(ends[0][0] + time.time() - time.perf_counter() - born, 2),
-        }
+    def end(self):
+        now = time.perf_counter()
+        self.iterations += 1
+        self.first = self.first or round(time.time() - self.job["born"], 2)
+        self.times.append(now - self.began)
+        count = len(self.times)
+        if self.iterations == WARMUP or (self.iterations > WARMUP and count == self.job["iterations"]):
+            row = {"sps": count * self.batch / sum(self.times), "environment_ms": 1e3 * self.in_envs / count}
+            row["policy_ms"] = 1e3 * (self.rollout - self.in_envs) / count
+            row["update_ms"] = 1e3 * (sum(self.times) - self.rollout) / count
+            tell(row | {"first_iteration_s": self.first})
+            self.times, self.in_envs, self.rollout = [], 0.0, 0.0
+        self.began = time.perf_counter()
 
 
-def measure_ours(script, flags, iterations, born):
-    """train() as it is; its clock is read from what it logs."""
-    stop, clock = [], Clock(iterations)
+def tell(row):
+    """Report a turn and wait for the next one."""
+    row["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({key: round(value, 2) for key, value in row.items()}), flush=True)
+    if not sys.stdin.readline():  # the parent has seen enough
+        os._exit(0)
+
+
+def measure_ours(script, args, job):
+    """train() as it is; the clock reads what it logs."""
+    clock = Clock(job, args.num_envs * args.num_steps)
 
     class Writer(script.SummaryWriter):
         def add_scalar(self, key, value, step):
+            now = time.perf_counter()
             super().add_scalar(key, value, step)
             if key == "charts/SPS_update":  # the update ended just now: subtract what it took
-                what, (end, in_envs) = "half", (time.perf_counter() - batch / value, clock.in_envs)
-                clock.marks.append((what, end, in_envs))
-                clock.mark("end")
-                stop.extend([0] * clock.done)
+                clock.half(now - clock.batch / value)
+            if key == "losses/explained_variance":  # the last of an iteration
+                clock.end()
 
     make_envs, script.SummaryWriter = script.make_envs, Writer
     script.make_envs = lambda *args: clock.watch(make_envs(*args))
-    args = script.Args(run_dir=tempfile.mkdtemp(), **flags)
-    batch = args.num_envs * args.num_steps
-    script.torch.set_num_threads(args.num_threads or script.torch.get_num_threads())
-    script.train(args, received=stop)
-    return clock.row(batch, born)
+    script.train(args)
 
 
-def measure_sb3(args, iterations, born):
+def measure_sb3(args, job):
     """SB3's PPO, told to do what the script does by default."""
     import gymnasium
     import stable_baselines3 as sb3
@@ -138,25 +143,25 @@ def measure_sb3(args, iterations, born):
         kwargs = dict(net_arch=list(args.hidden_sizes), activation_fn=torch.nn.Tanh)
         if args.norm_obs:
             envs = vec_env.VecNormalize(envs, gamma=args.gamma)
-    clock, batch = Clock(iterations), args.num_steps * args.num_envs
+    clock = Clock(job, args.num_steps * args.num_envs)
 
     class Callback(callbacks.BaseCallback):
         def _on_rollout_start(self):
             if self.num_timesteps:  # the first one starts before anything was trained
-                clock.mark("end")
+                clock.end()
 
         def _on_rollout_end(self):
-            clock.mark("half")
+            clock.half(time.perf_counter())
 
         def _on_step(self):
-            return not clock.done
+            return True
 
     model = sb3.PPO(
         policy,
         clock.watch(envs, "step_wait"),
         learning_rate=lambda remaining: remaining * args.learning_rate,
         n_steps=args.num_steps,
-        batch_size=batch // args.num_minibatches,
+        batch_size=clock.batch // args.num_minibatches,
         n_epochs=args.update_epochs,
         gamma=args.gamma,
         gae_lambda=args.gae_lambda,
@@ -170,7 +175,6 @@ def measure_sb3(args, iterations, born):
         seed=1,
     )
     model.learn(args.total_timesteps, Callback())
-    return clock.row(batch, born)
 
 
 def products(torch, agent, obs):
@@ -207,10 +211,9 @@ def products(torch, agent, obs):
     return forward, backward
 
 
-def measure_limit(script, args, iterations):
+def measure_limit(script, args, job):
     """Environments alone, and products and convolutions alone, each as often as an iteration needs them."""
     torch, envs = script.torch, script.make_envs(args, args.num_envs)
-    torch.set_num_threads(args.num_threads or torch.get_num_threads())
     bare, space = envs.unwrapped, envs.single_action_space  # without our statistics of rewards
     obs = torch.tensor(bare.reset(seed=1)[0])
     bare.action_space.seed(1)
@@ -220,48 +223,59 @@ def measure_limit(script, args, iterations):
     batch = args.num_steps * args.num_envs
     minibatch = obs[torch.arange(batch // args.num_minibatches) % len(obs)]
     act, (forward, backward) = products(torch, agent, obs)[0], products(torch, agent, minibatch)
-    times = []
-    for _ in range(iterations):
-        marks = [time.perf_counter()]
+    clock = Clock(job, batch)
+    clock.watch(bare)
+    while True:
         for action in actions:
             bare.step(action)
-        marks.append(time.perf_counter())
-        for _ in actions:
             act()
-        marks.append(time.perf_counter())
+        clock.half(time.perf_counter())
         for _ in range(args.update_epochs * args.num_minibatches):
             forward()
             backward()
-        marks.append(time.perf_counter())
-        times.append([after - before for before, after in itertools.pairwise(marks)])
-    env, policy, update = (1e3 * statistics.fmean(x[1:]) for x in zip(*times, strict=True))
-    parts = {"environment_ms": env, "policy_ms": policy, "update_ms": update}
-    return {"sps": batch / sum(parts.values()) * 1e3} | parts
+        clock.end()
 
 
-def measure(task, program, flags, iterations, born):
-    """One measurement, a dict."""
-    script = importlib.import_module(TASKS[task]["script"])
-    args = script.Args(**flags)
-    if program == "sb3":
-        script.torch.set_num_threads(args.num_threads or script.torch.get_num_threads())
-        row = measure_sb3(args, iterations, born)
-    elif "limit" in program:
-        row = measure_limit(script, args, iterations)
+def measure(job):
+    """What a child process does: turns of one program, until nobody asks for another."""
+    script = importlib.import_module(TASKS[job["task"]]["script"])
+    args = script.Args(run_dir=tempfile.mkdtemp(), **job["flags"])
+    script.torch.set_num_threads(args.num_threads or script.torch.get_num_threads())
+    if job["program"] == "sb3":
+        measure_sb3(args, job)
+    elif "limit" in job["program"]:
+        measure_limit(script, args, job)
     else:
-        row = measure_ours(script, flags, iterations, born)
-    row["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {key: round(value, 2) for key, value in row.items()}
+        measure_ours(script, args, job)
 
 
 def start(task, program, flags, iterations):
-    """measure() in a new process; nothing but its numbers comes back."""
+    """A process with the program, past its warm-up."""
     job = dict(task=task, program=program, flags=flags, iterations=iterations, born=time.time())
     command = [sys.executable, __file__, "--measure", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{command}\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    read(process)
+    return process
+
+
+def read(process):
+    """The times of its turn."""
+    for line in process.stdout:
+        if line.startswith("{"):
+            return json.loads(line)
+    raise SystemExit(f"it stopped; to see why: {shlex.join(process.args)}")
+
+
+def turn(process):
+    print("go", file=process.stdin, flush=True)
+    return read(process)
+
+
+def stop(process):
+    process.stdin.close()
+    process.wait()
 
 
 def machine():
@@ -283,15 +297,17 @@ def write(path, rows):
 
 def compare(args):
     rows = []
-    for number in range(args.rounds):
-        for task in args.tasks:
-            for program, flags in PROGRAMS.items():
-                if "bf16" in program and task != "breakout":
-                    continue
-                flags = flags | ({"num_threads": args.threads} if args.threads else {})
-                row = start(task, program, flags, TASKS[task]["iterations"])
-                rows.append({"task": task, "program": program, "round": number + 1} | row | machine())
+    for task in args.tasks:
+        flags = {"num_threads": args.threads} if args.threads else {}
+        chosen = {k: v | flags for k, v in PROGRAMS.items() if task == "breakout" or "bf16" not in k}
+        processes = {k: start(task, k, v, TASKS[task]["iterations"]) for k, v in chosen.items()}
+        for number in range(args.rounds):
+            for program, process in processes.items():
+                rows.append({"task": task, "program": program, "round": number + 1} | turn(process))
                 print(*rows[-1].values(), flush=True)
+        for process in processes.values():
+            stop(process)
+    rows = [row | machine() for row in rows]
     path = HERE / "speed.csv"
     old = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
     rows = [row for row in old if row["task"] not in args.tasks] + rows
@@ -335,8 +351,10 @@ def grow(args):
         flags = {"num_envs": number, "num_steps": 128}
         flags |= {"precision": "bf16"} if task == "breakout" else {}
         flags |= {"num_threads": args.threads} if args.threads else {}
-        iterations = max(2 if task == "breakout" else 3, 64 // number)
-        row = start(task, "eager", flags, iterations)
+        process = start(task, "eager", flags, 1 if task == "breakout" else max(2, 64 // number))
+        turns = [turn(process) for _ in range(3)]
+        stop(process)
+        row = {key: statistics.median(x[key] for x in turns) for key in turns[0]}
         rows.append({"task": task, "num_envs": number} | row | machine())
         print(*rows[-1].values(), flush=True)
     write(HERE / "growth.csv", rows)
@@ -362,6 +380,6 @@ def draw(rows, path):
 if __name__ == "__main__":
     chosen = tyro.cli(Args)
     if chosen.measure:
-        print(json.dumps(measure(**json.loads(chosen.measure))))
+        measure(json.loads(chosen.measure))
     else:
         (grow if chosen.growth else compare)(chosen)

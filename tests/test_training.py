@@ -20,6 +20,8 @@ import inspect
 import itertools
 import math
 import random
+import subprocess
+import sys
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -851,9 +853,31 @@ def test_compiled_run_goes_on_from_an_eager_one_and_from_itself(script, train, o
 
 def test_compile_without_a_compiler_is_refused(script, train, monkeypatch):
     monkeypatch.setattr(script, "which", lambda name: None)
-    with pytest.raises(script.UsageError, match=r"--compile needs a C\+\+ compiler"):
+    with pytest.raises(script.UsageError, match=r"--compile: apt install g\+\+"):
         train(script, "Stateless", 1, compile=True)
     train(script, "Stateless", 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+def test_freed_memory_is_kept():
+    """A tensor as large as those of the update, made again and again, gets nearly no new pages."""
+    code = """
+import resource, sys, torch, ppo_atari
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def cost():
+    start = faults()
+    for _ in range(10):
+        torch.ones(10_000_000)
+    return faults() - start
+before = cost()
+flags = dict(num_envs=1, num_steps=8, num_minibatches=1, update_epochs=1, total_timesteps=8)
+ppo_atari.train(ppo_atari.Args(**flags))
+cost()
+print(before, cost())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.splitlines()[-1].split())
+    assert before > 50_000 and after < 1_000  # 40 MB are 9,766 pages
 
 
 @pytest.mark.parametrize("name", ["discrete", "continuous"])

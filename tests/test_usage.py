@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from shutil import which
 
 import ale_py
 import gymnasium as gym
@@ -429,6 +430,17 @@ def test_a_refusal_as_a_program_has_no_traceback():
     done = subprocess.run(program, capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout and not list(Path().iterdir())
     assert done.stderr.count("\n") == 1 and "--env-id Pendulum-v1" in done.stderr
+
+
+@pytest.mark.parametrize("name, default", [("ppo_discrete", 0), ("ppo_continuous", 1), ("ppo_atari", 0)])
+def test_only_the_program_compiles_by_default(name, default):
+    """Where it pays within a default run; train(Args()) of those who import a script starts at once."""
+    program = [sys.executable, SCRIPTS / f"{name}.py", *tiny(name, "--run-dir", "run")]
+    for more, expected in ([], default and which("g++")), (["--no-compile"], False):
+        subprocess.run([*program, *more], capture_output=True, check=True)
+        assert saved("run/checkpoint.pt")["args"]["compile"] == bool(expected)
+        shutil.rmtree("run")
+    assert not importlib.import_module(name).Args().compile
 
 
 # --- evaluation ---
