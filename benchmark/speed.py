@@ -4,6 +4,7 @@
     python benchmark/speed.py                         # writes benchmark/speed.csv and prints its table
     python benchmark/speed.py --tasks cartpole --rounds 20
     python benchmark/speed.py --growth                # --num-envs 1 to 256: benchmark/growth.csv, growth.png
+    python benchmark/speed.py --share                 # one thread, two, two runs: benchmark/threads.csv
 
 Each program is a process of its own, with its own start and peak of memory. After two iterations they take
 turns of one to four seconds, one at a time, so that whatever else the machine does hits all of them. Times
@@ -58,6 +59,7 @@ class Args:
     rounds: int = 10  # of turns
     threads: int = 0  # of torch and of the emulators, in all programs; 0: what each takes by itself
     growth: bool = False  # instead: the scripts with 1 to 256 environments
+    share: bool = False  # instead: the scripts with one thread and with two, and two runs side by side
     measure: str = ""  # one measurement, in JSON: this file starts itself with it
 
 
@@ -345,20 +347,42 @@ def table(rows):
 
 
 def grow(args):
-    """Batches of 128 steps, since 256 environments of 2,048 would fill minutes."""
+    """Few steps per environment, since 256 environments with a whole rollout each would fill minutes."""
     rows = []
     for task, number in itertools.product(args.tasks, (1, 2, 4, 8, 16, 32, 64, 128, 256)):
-        flags = {"num_envs": number, "num_steps": 128}
+        flags = {"num_envs": number, "num_steps": 32 if task == "breakout" else 128}
         flags |= {"precision": "bf16"} if task == "breakout" else {}
         flags |= {"num_threads": args.threads} if args.threads else {}
-        process = start(task, "eager", flags, 1 if task == "breakout" else max(2, 64 // number))
-        turns = [turn(process) for _ in range(3)]
+        process = start(task, "eager", flags, max(1, 32 // number))
+        turns = [turn(process) for _ in range(3 if number < 64 else 1)]
         stop(process)
         row = {key: statistics.median(x[key] for x in turns) for key in turns[0]}
         rows.append({"task": task, "num_envs": number} | row | machine())
         print(*rows[-1].values(), flush=True)
-    write(HERE / "growth.csv", rows)
+    path = HERE / "growth.csv"
+    old = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+    rows = [row for row in old if row["task"] not in args.tasks] + rows
+    write(path, rows)
     draw(rows, HERE / "growth.png")
+
+
+def share(args):
+    """A run with one thread, with two, and two runs at once with one thread each: steps/s, summed."""
+    rows = []
+    for task in args.tasks:
+        flags, iterations = {"precision": "bf16"} if task == "breakout" else {}, TASKS[task]["iterations"]
+        one, other, wide = (start(task, "eager", flags | {"num_threads": n}, iterations) for n in (1, 1, 2))
+        for number in range(args.rounds):
+            row = {"task": task, "round": number + 1, "one thread": turn(one)["sps"]}
+            row["two threads"] = turn(wide)["sps"]
+            for process in (one, other):
+                print("go", file=process.stdin, flush=True)
+            row["two runs"] = round(sum(read(process)["sps"] for process in (one, other)), 2)
+            rows.append(row | machine())
+            print(*row.values(), flush=True)
+        for process in (one, other, wide):
+            stop(process)
+    write(HERE / "threads.csv", rows)
 
 
 def draw(rows, path):
@@ -373,6 +397,9 @@ def draw(rows, path):
             axis.plot([int(x["num_envs"]) for x in mine], [float(x[key]) for x in mine], "o-", label=task)
         axis.set(xscale="log", yscale="log", xlabel="--num-envs", ylabel=label)
         axis.set_xticks([1, 4, 16, 64, 256], ["1", "4", "16", "64", "256"])
+        ticks = (100, 1_000, 10_000, 100_000) if key == "sps" else (300, 600, 1_200, 2_400)
+        axis.set_yticks(ticks, [f"{x:,}" for x in ticks])
+        axis.minorticks_off()
         axis.legend()
     figure.savefig(path, dpi=80)
 
@@ -382,4 +409,4 @@ if __name__ == "__main__":
     if chosen.measure:
         measure(json.loads(chosen.measure))
     else:
-        (grow if chosen.growth else compare)(chosen)
+        (grow if chosen.growth else share if chosen.share else compare)(chosen)
