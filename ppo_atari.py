@@ -319,7 +319,7 @@ def train(args, merged=False, received=()):
     if args.capture_video:  # what is missing for it shows now, not after the training
         make_envs(args, 1, str(run_dir / "videos")).close()
     envs = make_envs(args, N)
-    if sys.platform == "linux":  # glibc shall keep freed memory: to map it anew costs a fifth of an update
+    if sys.platform == "linux":  # glibc shall keep freed memory: to map it anew costs a quarter of an update
         libc = ctypes.CDLL(None)
         _ = libc.mallopt(-1, -1), libc.mallopt(-4, 0)  # M_TRIM_THRESHOLD: never; M_MMAP_MAX: no mappings
     agent = Agent(envs.single_observation_space.shape, int(envs.single_action_space.n), args).to(device)

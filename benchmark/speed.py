@@ -346,6 +346,31 @@ def table(rows):
     return lines
 
 
+def growth_table(rows):
+    """Lines of Markdown: steps per second, and megabytes, of each task by number of environments."""
+    numbers = list(dict.fromkeys(row["num_envs"] for row in rows))
+    lines = [f"| `--num-envs` | {' | '.join(map(str, numbers))} |", "| --- " * (1 + len(numbers)) + "|"]
+    for key, unit in ("sps", "steps/s"), ("peak_mb", "MB"):
+        for task in dict.fromkeys(row["task"] for row in rows):
+            cells = [f"{float(row[key]):,.0f}" for row in rows if row["task"] == task]
+            lines.append(f"| {task}, {unit} | {' | '.join(cells)} |")
+    return lines
+
+
+def share_table(rows):
+    """Lines of Markdown: medians over rounds, relative to one run with one thread."""
+    keys = ("one thread", "two threads", "two runs")
+    lines = ["| at once | one run, one thread | one run, two threads | two runs, one thread each |"]
+    lines.append("| --- " * 4 + "|")
+    for task in dict.fromkeys(row["task"] for row in rows):
+        mine = [row for row in rows if row["task"] == task]
+        cells = [f"{statistics.median(float(x['one thread']) for x in mine):,.0f} steps/s"]
+        for key in keys[1:]:
+            cells.append(f"x {statistics.median(float(x[key]) / float(x['one thread']) for x in mine):.2f}")
+        lines.append(f"| {task} | {' | '.join(cells)} |")
+    return lines
+
+
 def grow(args):
     """Few steps per environment, since 256 environments with a whole rollout each would fill minutes."""
     rows = []

@@ -1,8 +1,8 @@
 """Write line numbers and results into README.md: python tests/update_readme.py
 
 The rows of details point to the lines with their tags; [name]: file.py#L1 "code" to the line with that code;
-the rows of recipes, | `name` | ..., get the numbers of benchmark/results.csv, a number per seed; the table of
-speeds is that of benchmark/speed.csv.
+the rows of recipes, | `name` | ..., get the numbers of benchmark/results.csv, a number per seed; the tables
+of speed are those of benchmark/speed.csv, growth.csv and threads.csv.
 """
 
 import csv
@@ -50,9 +50,14 @@ def updated(text):
     text = row.sub(lambda m: f"| {m[1]} | {where(m[1])} |", text)
     link = re.compile(r'^(\[\w+\]: (\S+\.py)#L)\d+( "(.+)")$', re.M)
     text = link.sub(lambda m: f"{m[1]}{lines_with(m[2], m[4])[0]}{m[3]}", text)
-    with (ROOT / "benchmark/speed.csv").open(newline="") as file:
-        speeds = "\n".join(speed.table(list(csv.DictReader(file)))) + "\n"
-    text = re.sub(r"^\| task \| program \|.*\n(?:\|.*\n)+", lambda m: speeds, text, flags=re.M)
+    for start, name, table in (
+        ("task", "speed", speed.table),
+        ("`--num-envs`", "growth", speed.growth_table),
+        ("at once", "threads", speed.share_table),
+    ):
+        with (ROOT / f"benchmark/{name}.csv").open(newline="") as file:
+            lines = "".join(f"{line}\n" for line in table(list(csv.DictReader(file))))
+        text = re.sub(rf"^\| {start} \|.*\n(?:\|.*\n)+", lambda m, lines=lines: lines, text, flags=re.M)
     row, cells = re.compile(r"^\| `([\w-]+)` \|[^|\n]*\|[^|\n]*\|[^|\n]*\|", re.M), results()
     known = (ROOT / "benchmark/recipes.sh").read_text()
     cells |= {
