@@ -403,8 +403,8 @@ def train(args, merged=False, received=()):
                 # [ours 3] before this step goes too far; never in the first minibatch, whose KL is about 0
                 if args.target_kl is not None and updates and stats["approx_kl"] > args.target_kl:
                     break
-                for param, grad in zip(params, grads, strict=True):
-                    param.grad = grad
+                for x, grad in zip(params, grads, strict=True):  # fused Adam ignores strides: make them equal
+                    x.grad = grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)
                 optimizer.step()
                 updates.append(stats)
             charts = {"learning_rate": optimizer.param_groups[0]["lr"], "updates": len(updates)}
