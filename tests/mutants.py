@@ -1460,6 +1460,13 @@ MUTANTS = [
     ),
     (
         "test_training.py",
+        "test_each_step_is_that_of_adams_paper",
+        "ppo_atari",
+        "x.grad = grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)",
+        "x.grad = grad",
+    ),
+    (
+        "test_training.py",
         "test_freed_memory_is_kept",
         "ppo_atari",
         "libc.mallopt(-4, 0)",

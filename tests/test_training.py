@@ -820,6 +820,32 @@ def assert_close(one, other):
             assert logged[name] == pytest.approx(numbers, rel=1e-2, abs=1e-4, nan_ok=True), name
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_each_step_is_that_of_adams_paper(script, train, monkeypatch, compiled):
+    """Element by element. The fused kernel ignores strides, and gradients of filters have their own."""
+    steps, moments = [], {}
+
+    class Watched(torch.optim.Adam):
+        def step(self):
+            (group,) = self.param_groups
+            before = [x.detach().double() for x in group["params"]]
+            super().step()
+            t = len(steps) + 1
+            for number, (x, y) in enumerate(zip(before, group["params"], strict=True)):
+                m, v = moments.get(number, (0.0, 0.0))
+                m, v = moments[number] = (
+                    0.9 * m + 0.1 * y.grad.double(),
+                    0.999 * v + 0.001 * y.grad.double() ** 2,
+                )
+                expected = x - group["lr"] * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-5)
+                assert torch.allclose(y.detach().double(), expected, rtol=1e-6, atol=1e-7), tuple(x.shape)
+            steps.append(t)
+
+    monkeypatch.setattr(torch.optim, "Adam", Watched)
+    train(script, REAL[script.__name__], 2, compile=compiled, num_threads=1)
+    assert len(steps) > 2
+
+
 @pytest.mark.slow
 def test_compiled_run_is_the_eager_one(script, train):
     """On a real environment, 48 updates: every layer has learned, and the same."""
