@@ -32,6 +32,8 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+CAN_COMPILE = bool(which("g++")) and any(Path(sys.base_prefix).glob("include/python3*/Python.h"))
+
 
 @dataclasses.dataclass
 class Args:
@@ -40,7 +42,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda if there is one, else the CPU
     num_threads: int = 0  # CPU threads of torch and of the emulators, 0: their choice
     precision: Literal["auto", "fp32", "bf16"] = "fp32"  # of the CNN; auto: bf16 on CPUs with AVX512-BF16
-    compile: bool = False  # torch.compile: 10 s later, then faster
+    compile: bool = False  # torch.compile: 5 to 20 s later, then faster
     torch_deterministic: bool = True  # on CUDA: only deterministic cuDNN kernels
     track: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project_name: str = "ppo"  # project for --track
@@ -96,7 +98,7 @@ def check_args(args):  # before anything is started or written
     batch = f"--num-steps {args.num_steps} x --num-envs {args.num_envs} = {B} in --num-minibatches {parts}"
     require(whole, f"{batch} must give equal parts of 2 or more (of 1 with --no-norm-adv): change one")
     require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
-    require(not args.compile or which("g++"), "--compile: apt install g++, or use --no-compile")
+    require(CAN_COMPILE or not args.compile, "--compile: apt install g++ python3-dev, or --no-compile")
     require(not args.capture_video or util.find_spec("moviepy"), "--capture-video: pip install moviepy")
     there = args.device in ("auto", "cpu") or getattr(torch, args.device).is_available()
     require(there, f"--device {args.device} is not available to this build of torch: use --device cpu")
@@ -303,7 +305,7 @@ def train(args, merged=False, received=()):
         free = "total_timesteps save_every resume device num_threads track eval_episodes deterministic"
         for k in new.keys() - {*free.split(), "capture_video", "compile"}:
             require(new[k] == old[k], f"--{k.replace('_', '-')} {new[k]}: --resume goes on with {old[k]}")
-        args = Args(**old | new)
+        args = Args(**old | new | {"compile": args.compile})
     check_args(args)
     T, N, B = args.num_steps, args.num_envs, args.num_steps * args.num_envs
     num_iterations, global_step = args.total_timesteps // B, saved.get("global_step", 0)
@@ -319,7 +321,7 @@ def train(args, merged=False, received=()):
     if args.capture_video:  # what is missing for it shows now, not after the training
         make_envs(args, 1, str(run_dir / "videos")).close()
     envs = make_envs(args, N)
-    if sys.platform == "linux":  # glibc shall keep freed memory: to map it anew costs a quarter of an update
+    if sys.platform == "linux" and device.type == "cpu":  # mapping freed memory anew: a quarter of an update
         libc = ctypes.CDLL(None)
         _ = libc.mallopt(-1, -1), libc.mallopt(-4, 0)  # M_TRIM_THRESHOLD: never; M_MMAP_MAX: no mappings
     agent = Agent(envs.single_observation_space.shape, int(envs.single_action_space.n), args).to(device)
@@ -328,10 +330,8 @@ def train(args, merged=False, received=()):
     next_obs = torch.as_tensor(envs.reset(seed=args.seed + global_step)[0], device=device)  # never a replay
     action, *_ = agent.get_action_and_value(agent.normalize(next_obs))  # for its shape and dtype
     if saved:
-        agent.load_state_dict(saved["agent"])
-        optimizer.load_state_dict(saved["optimizer"])
-        random.setstate(saved["python_rng"])
-        np.random.set_state(saved["numpy_rng"])
+        _ = agent.load_state_dict(saved["agent"]), optimizer.load_state_dict(saved["optimizer"])
+        _ = random.setstate(saved["python_rng"]), np.random.set_state(saved["numpy_rng"])
         torch.set_rng_state(saved["torch_rng"])
         torch.cuda.set_rng_state_all(saved["cuda_rng"][: torch.cuda.device_count()])
     x = agent.normalize(next_obs, update=not saved)  # (N, *obs_shape)
@@ -339,7 +339,7 @@ def train(args, merged=False, received=()):
     logprobs, values = torch.zeros((2, T, N), device=device)
     rollout = np.zeros((2, T, N), np.float32)  # rewards and dones, moved to the device once per iteration
 
-    def act(obs, new):  # raw ones, new to the statistics or not -> what the buffer keeps of a step
+    def act(obs, new):  # raw ones, which the statistics shall count or not -> what the buffer keeps of a step
         obs = agent.normalize(obs, update=new)
         action, logprob, _, value = agent.get_action_and_value(obs)
         return obs, action, logprob, value
@@ -356,7 +356,7 @@ def train(args, merged=False, received=()):
     if args.compile:  # equal to rounding: the same random numbers; one graph for loss, gradient, clipping
         torch.compiler.reset()
         torch._dynamo.config.trace_autograd_ops = True
-        how = dict(fullgraph=True, options={"fallback_random": True, "cpp_wrapper": True})
+        how = dict(fullgraph=True, options={"fallback_random": True, "cpp_wrapper": device.type == "cpu"})
         act, gradient = torch.compile(act, **how), torch.compile(gradient, **how)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -377,7 +377,7 @@ def train(args, merged=False, received=()):
 
             # --- 2. rollout: T steps of N environments, across the ends of episodes ---
             rollout_time = time.time()
-            with torch.no_grad(), torch.autocast(device.type, enabled=False):  # inner ones keep bf16 weights
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):  # caches bf16 weights
                 for step in range(T):
                     obs[step], actions[step], logprobs[step], values[step] = act(next_obs, new=step > 0)
                     next_obs, rollout[0, step], term, trunc, infos = envs.step(actions[step].cpu().numpy())
@@ -403,7 +403,7 @@ def train(args, merged=False, received=()):
                 # [ours 3] before this step goes too far; never in the first minibatch, whose KL is about 0
                 if args.target_kl is not None and updates and stats["approx_kl"] > args.target_kl:
                     break
-                for x, grad in zip(params, grads, strict=True):  # fused Adam ignores strides: make them equal
+                for x, grad in zip(params, grads, strict=True):  # fused Adam takes strides for equal
                     x.grad = grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)
                 optimizer.step()
                 updates.append(stats)

@@ -30,6 +30,8 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+CAN_COMPILE = bool(which("g++")) and any(Path(sys.base_prefix).glob("include/python3*/Python.h"))
+
 
 @dataclasses.dataclass
 class Args:
@@ -37,7 +39,7 @@ class Args:
     seed: int = 1  # seed of torch, numpy, Python's random and the environments
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the CPU; mps: no, it lacks float64
     num_threads: int = 1  # CPU threads of torch, 0: torch's choice; networks this small gain nothing
-    compile: bool = False  # torch.compile: 10 s later, then faster
+    compile: bool = False  # torch.compile: 5 to 20 s later, then faster
     torch_deterministic: bool = True  # on CUDA: only deterministic cuDNN kernels
     track: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project_name: str = "ppo"  # project for --track
@@ -99,7 +101,7 @@ def check_args(args):  # before anything is started or written
     batch = f"--num-steps {args.num_steps} x --num-envs {args.num_envs} = {B} in --num-minibatches {parts}"
     require(whole, f"{batch} must give equal parts of 2 or more (of 1 with --no-norm-adv): change one")
     require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
-    require(not args.compile or which("g++"), "--compile: apt install g++, or use --no-compile")
+    require(CAN_COMPILE or not args.compile, "--compile: apt install g++ python3-dev, or --no-compile")
     require(not args.capture_video or util.find_spec("moviepy"), "--capture-video: pip install moviepy")
     there = args.device in ("auto", "cpu") or (args.device == "cuda" and torch.cuda.is_available())
     require(there, f"--device {args.device} is not available to this build of torch: use --device cpu")
@@ -304,7 +306,7 @@ def train(args, merged=False, received=()):
         free = "total_timesteps save_every resume device num_threads track eval_episodes deterministic"
         for k in new.keys() - {*free.split(), "capture_video", "compile"}:
             require(new[k] == old[k], f"--{k.replace('_', '-')} {new[k]}: --resume goes on with {old[k]}")
-        args = Args(**old | new)
+        args = Args(**old | new | {"compile": args.compile})
     check_args(args)
     T, N, B = args.num_steps, args.num_envs, args.num_steps * args.num_envs
     num_iterations, global_step = args.total_timesteps // B, saved.get("global_step", 0)
@@ -327,11 +329,9 @@ def train(args, merged=False, received=()):
     next_obs = torch.as_tensor(envs.reset(seed=args.seed + global_step)[0], device=device)  # never a replay
     action, *_ = agent.get_action_and_value(agent.normalize(next_obs))  # for its shape and dtype
     if saved:
-        agent.load_state_dict(saved["agent"])
-        optimizer.load_state_dict(saved["optimizer"])
+        _ = agent.load_state_dict(saved["agent"]), optimizer.load_state_dict(saved["optimizer"])
         envs.mean, envs.var, envs.count, *envs.discounted[:] = saved["reward_scale"]
-        random.setstate(saved["python_rng"])
-        np.random.set_state(saved["numpy_rng"])
+        _ = random.setstate(saved["python_rng"]), np.random.set_state(saved["numpy_rng"])
         torch.set_rng_state(saved["torch_rng"])
         torch.cuda.set_rng_state_all(saved["cuda_rng"][: torch.cuda.device_count()])
     x = agent.normalize(next_obs, update=not saved)  # (N, *obs_shape)
@@ -339,7 +339,7 @@ def train(args, merged=False, received=()):
     logprobs, values = torch.zeros((2, T, N), device=device)
     rollout = np.zeros((2, T, N), np.float32)  # rewards and dones, moved to the device once per iteration
 
-    def act(obs, new):  # raw ones, new to the statistics or not -> what the buffer keeps of a step
+    def act(obs, new):  # raw ones, which the statistics shall count or not -> what the buffer keeps of a step
         obs = agent.normalize(obs, update=new)
         action, logprob, _, value = agent.get_action_and_value(obs)
         return obs, action, logprob, value
@@ -356,7 +356,7 @@ def train(args, merged=False, received=()):
     if args.compile:  # equal to rounding: the same random numbers; one graph for loss, gradient, clipping
         torch.compiler.reset()
         torch._dynamo.config.trace_autograd_ops = True
-        how = dict(fullgraph=True, options={"fallback_random": True, "cpp_wrapper": True})
+        how = dict(fullgraph=True, options={"fallback_random": True, "cpp_wrapper": device.type == "cpu"})
         act, gradient = torch.compile(act, **how), torch.compile(gradient, **how)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -377,7 +377,7 @@ def train(args, merged=False, received=()):
 
             # --- 2. rollout: T steps of N environments, across the ends of episodes ---
             rollout_time = time.time()
-            with torch.inference_mode():
+            with torch.no_grad():
                 for step in range(T):
                     obs[step], actions[step], logprobs[step], values[step] = act(next_obs, new=step > 0)
                     next_obs, rollout[0, step], term, trunc, infos = envs.step(actions[step].cpu().numpy())
@@ -403,7 +403,7 @@ def train(args, merged=False, received=()):
                 # [ours 3] before this step goes too far; never in the first minibatch, whose KL is about 0
                 if args.target_kl is not None and updates and stats["approx_kl"] > args.target_kl:
                     break
-                for x, grad in zip(params, grads, strict=True):  # fused Adam ignores strides: make them equal
+                for x, grad in zip(params, grads, strict=True):  # fused Adam takes strides for equal
                     x.grad = grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)
                 optimizer.step()
                 updates.append(stats)

@@ -6,11 +6,12 @@
     python benchmark/speed.py --growth                # --num-envs 1 to 256: benchmark/growth.csv, growth.png
     python benchmark/speed.py --share                 # one thread, two, two runs: benchmark/threads.csv
 
-Each program is a process of its own, with its own start and peak of memory. After two iterations they take
-turns of one to four seconds, one at a time, so that whatever else the machine does hits all of them. Times
+Each program is a process of its own, on the CPU, with its own start and peak of memory. After two iterations
+they take turns of some seconds, one at a time, so that whatever else the machine does hits all of them. Times
 are means over the iterations of a turn; tables show medians over rounds of turns, and of ratios in a round.
 The limit is the time that the environments take with random actions plus that of the matrix products and
-convolutions, of rollout and update, and nothing else.
+convolutions of rollout and update, and nothing else. Of the parts of an iteration, SB3 normalises observations
+in its environments, the scripts in their policy; GAE is in SB3's policy, but in the scripts' update.
 """
 
 import csv
@@ -23,6 +24,7 @@ import os
 import platform
 import resource
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -83,8 +85,7 @@ class Clock:
         setattr(envs, method, timed)
         return envs
 
-    def half(self, now):
-        """The rollout of this iteration ended at now."""
+    def rollout_ended(self, now):
         self.rollout += now - self.began
 
     def end(self):
@@ -119,7 +120,7 @@ def measure_ours(script, args, job):
             now = time.perf_counter()
             super().add_scalar(key, value, step)
             if key == "charts/SPS_update":  # the update ended just now: subtract what it took
-                clock.half(now - clock.batch / value)
+                clock.rollout_ended(now - clock.batch / value)
             if key == "losses/explained_variance":  # the last of an iteration
                 clock.end()
 
@@ -153,7 +154,7 @@ def measure_sb3(args, job):
                 clock.end()
 
         def _on_rollout_end(self):
-            clock.half(time.perf_counter())
+            clock.rollout_ended(time.perf_counter())
 
         def _on_step(self):
             return True
@@ -191,7 +192,9 @@ def products(torch, agent, obs):
         agent.get_action_and_value(agent.normalize(obs))
     for hook in hooks:
         hook.remove()
-    layers = [(x, dy, m.weight.detach().to(x.dtype), getattr(m, "stride", 0)) for m, x, dy in layers]
+    layers = [
+        (x, dy.to(x.dtype), m.weight.detach().to(x.dtype), getattr(m, "stride", 0)) for m, x, dy in layers
+    ]
     convolution, linear = torch.conv2d, torch.nn.functional.linear
     backward_of = torch.ops.aten.convolution_backward
 
@@ -202,7 +205,6 @@ def products(torch, agent, obs):
     def backward():
         for i, (x, dy, weight, stride) in enumerate(layers):
             first = i == 0 or x.shape[1:] == layers[0][0].shape[1:]  # needs no gradient of its input
-            dy = dy.to(x.dtype)
             if stride:
                 mask = [not first, True, False]
                 backward_of(dy, x, weight, None, stride, [0, 0], [1, 1], False, [0, 0], 1, mask)
@@ -231,7 +233,7 @@ def measure_limit(script, args, job):
         for action in actions:
             bare.step(action)
             act()
-        clock.half(time.perf_counter())
+        clock.rollout_ended(time.perf_counter())
         for _ in range(args.update_epochs * args.num_minibatches):
             forward()
             backward()
@@ -241,8 +243,9 @@ def measure_limit(script, args, job):
 def measure(job):
     """What a child process does: turns of one program, until nobody asks for another."""
     script = importlib.import_module(TASKS[job["task"]]["script"])
-    args = script.Args(run_dir=tempfile.mkdtemp(), **job["flags"])
-    script.torch.set_num_threads(args.num_threads or script.torch.get_num_threads())
+    args = script.Args(run_dir=f"{job['folder']}/run", device="cpu", **job["flags"])
+    threads = job["flags"].get("num_threads", 0) if job["program"] == "sb3" else args.num_threads
+    script.torch.set_num_threads(threads or script.torch.get_num_threads())
     if job["program"] == "sb3":
         measure_sb3(args, job)
     elif "limit" in job["program"]:
@@ -254,10 +257,12 @@ def measure(job):
 def start(task, program, flags, iterations):
     """A process with the program, past its warm-up."""
     job = dict(task=task, program=program, flags=flags, iterations=iterations, born=time.time())
+    job["folder"] = tempfile.mkdtemp()
     command = [sys.executable, __file__, "--measure", json.dumps(job)]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
+    process.folder = job["folder"]
     read(process)
     return process
 
@@ -278,6 +283,7 @@ def turn(process):
 def stop(process):
     process.stdin.close()
     process.wait()
+    shutil.rmtree(process.folder)
 
 
 def machine():
@@ -289,12 +295,17 @@ def machine():
     return {"cpu": cpu, "cores": len([x for x in info if x.startswith("processor")]), "versions": versions}
 
 
-def write(path, rows):
+def save(name, rows, tasks):
+    """Write rows to a CSV file of this folder, in place of older ones of the same tasks; return all."""
+    path, rows = HERE / name, [row | machine() for row in rows]
+    if path.exists():
+        rows += [row for row in csv.DictReader(path.open(newline="")) if row["task"] not in tasks]
+    rows.sort(key=lambda row: list(TASKS).index(row["task"]))
     with path.open("w", newline="") as file:
-        keys = list(dict.fromkeys(key for row in rows for key in row))
-        writer = csv.DictWriter(file, keys)
+        writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+    return rows
 
 
 def compare(args):
@@ -304,17 +315,16 @@ def compare(args):
         chosen = {k: v | flags for k, v in PROGRAMS.items() if task == "breakout" or "bf16" not in k}
         processes = {k: start(task, k, v, TASKS[task]["iterations"]) for k, v in chosen.items()}
         for number in range(args.rounds):
-            for program, process in processes.items():
-                rows.append({"task": task, "program": program, "round": number + 1} | turn(process))
+            order = list(processes)  # of a round: each one starts with another program
+            turns = {
+                x: turn(processes[x]) for x in order[number % len(order) :] + order[: number % len(order)]
+            }
+            for program in order:
+                rows.append({"task": task, "program": program, "round": number + 1} | turns[program])
                 print(*rows[-1].values(), flush=True)
         for process in processes.values():
             stop(process)
-    rows = [row | machine() for row in rows]
-    path = HERE / "speed.csv"
-    old = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
-    rows = [row for row in old if row["task"] not in args.tasks] + rows
-    write(path, rows)
-    print("\n".join(table(rows)))
+    print("\n".join(table(save("speed.csv", rows, args.tasks))))
 
 
 def table(rows):
@@ -323,26 +333,14 @@ def table(rows):
         "| task | program | steps/s | x SB3 | environments | policy | update | memory | first iteration |"
     ]
     lines.append("| --- " * 9 + "|")
-    value = {(row["task"], row["program"], str(row["round"]), key): row[key] for row in rows for key in row}
+    sb3 = {(row["task"], str(row["round"])): float(row["sps"]) for row in rows if row["program"] == "sb3"}
     for task, program in dict.fromkeys((row["task"], row["program"]) for row in rows):
-        rounds = [str(row["round"]) for row in rows if (row["task"], row["program"]) == (task, program)]
-
-        def median(key, over=None, task=task, program=program, rounds=rounds):
-            numbers = [
-                float(value[task, program, x, key]) / (float(value[task, over, x, key]) if over else 1)
-                for x in rounds
-                if value[task, program, x, key] not in ("", None)
-            ]
-            return statistics.median(numbers) if numbers else None
-
-        parts = [f"{median(key):.0f} ms" for key in ("environment_ms", "policy_ms", "update_ms")]
-        first = (
-            f"{median('first_iteration_s'):.1f} s"
-            if value.get((task, program, rounds[0], "first_iteration_s"))
-            else "-"
-        )
-        cells = [task, program, f"{median('sps'):,.0f}", f"{median('sps', 'sb3'):.2f}", *parts]
-        lines.append("| " + " | ".join([*cells, f"{median('peak_mb'):.0f} MB", first]) + " |")
+        mine = [row for row in rows if (row["task"], row["program"]) == (task, program)]
+        ratio = statistics.median(float(row["sps"]) / sb3[task, str(row["round"])] for row in mine)
+        keys = "sps environment_ms policy_ms update_ms peak_mb first_iteration_s".split()
+        sps, *times, memory, first = (statistics.median(float(row[key]) for row in mine) for key in keys)
+        cells = [task, program, f"{sps:,.0f}", f"{ratio:.2f}", *(f"{x:.0f} ms" for x in times)]
+        lines.append("| " + " | ".join([*cells, f"{memory:.0f} MB", f"{first:.1f} s"]) + " |")
     return lines
 
 
@@ -382,17 +380,13 @@ def grow(args):
         turns = [turn(process) for _ in range(3 if number < 64 else 1)]
         stop(process)
         row = {key: statistics.median(x[key] for x in turns) for key in turns[0]}
-        rows.append({"task": task, "num_envs": number} | row | machine())
+        rows.append({"task": task, "num_envs": number} | row)
         print(*rows[-1].values(), flush=True)
-    path = HERE / "growth.csv"
-    old = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
-    rows = [row for row in old if row["task"] not in args.tasks] + rows
-    write(path, rows)
-    draw(rows, HERE / "growth.png")
+    draw(save("growth.csv", rows, args.tasks), HERE / "growth.png")
 
 
 def share(args):
-    """A run with one thread, with two, and two runs at once with one thread each: steps/s, summed."""
+    """Steps/s of a run with one thread, of one with two, and of two at once with one thread each."""
     rows = []
     for task in args.tasks:
         flags, iterations = {"precision": "bf16"} if task == "breakout" else {}, TASKS[task]["iterations"]
@@ -402,12 +396,14 @@ def share(args):
             row["two threads"] = turn(wide)["sps"]
             for process in (one, other):
                 print("go", file=process.stdin, flush=True)
-            row["two runs"] = round(sum(read(process)["sps"] for process in (one, other)), 2)
-            rows.append(row | machine())
+            row["two runs"] = 2 * min(
+                read(process)["sps"] for process in (one, other)
+            )  # all by the last one's end
+            rows.append(row)
             print(*row.values(), flush=True)
         for process in (one, other, wide):
             stop(process)
-    write(HERE / "threads.csv", rows)
+    save("threads.csv", rows, args.tasks)
 
 
 def draw(rows, path):

@@ -1476,15 +1476,15 @@ MUTANTS = [
         "test_usage.py",
         "test_only_the_program_compiles_by_default",
         "ppo_continuous",
-        '__name__ == "__main__" and bool(which("g++"))',
+        '__name__ == "__main__" and CAN_COMPILE',
         "False",
     ),
     (
         "test_training.py",
         "test_compile_without_a_compiler_is_refused",
         "ppo_discrete",
-        'not args.compile or which("g++")',
-        "not args.compile or True",
+        "require(CAN_COMPILE or not args.compile,",
+        "require(True,",
     ),
     ("test_training.py", "test_b41_explained_variance", "ppo_atari", "= 1 - (returns", "= (returns"),
     (
