@@ -10,8 +10,8 @@ Each program is a process of its own, on the CPU, with its own start and peak of
 they take turns of some seconds, one at a time, so that whatever else the machine does hits all of them. Times
 are means over the iterations of a turn; tables show medians over rounds of turns, and of ratios in a round.
 The limit is the time that the environments take with random actions plus that of the matrix products and
-convolutions of rollout and update, and nothing else. Of the parts of an iteration, SB3 normalises observations
-in its environments, the scripts in their policy; GAE is in SB3's policy, but in the scripts' update.
+convolutions of rollout and update, and nothing else. In the parts of an iteration, SB3's environments contain
+the normalisation of observations and its policy GAE, which are in the scripts' policy and update.
 """
 
 import csv
