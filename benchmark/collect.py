@@ -1,8 +1,9 @@
 """Read finished run directories: python benchmark/collect.py benchmark/runs/* (named <recipe>-<seed>)
 
 Puts a line per run into benchmark/results.csv and its learning curve into benchmark/curves.csv, in place of
-older ones of the same recipe and seed, and draws benchmark/recipes.png from the latter. Each checkpoint is
-evaluated on 100 episodes with seeds that training never used, once with sampled and once with best actions.
+older ones of the same recipe and seed, and draws recipes.png and precision.png from the latter, there. Each
+checkpoint is evaluated on 100 episodes with seeds that training never used, once with sampled and once with
+best actions.
 """
 
 import csv
@@ -95,12 +96,28 @@ def draw(curves, path):
     figure.savefig(path, dpi=80)
 
 
+def draw_precisions(curves, path):
+    """Breakout with the CNN in bf16 and in fp32, a colour per seed."""
+    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    for name, style in ("breakout", "-"), ("breakout-fp32", "--"):
+        for seed in sorted({int(row["seed"]) for row in curves if row["recipe"] == name}):
+            rows = [row for row in curves if row["recipe"] == name and int(row["seed"]) == seed]
+            label = f"{'fp32' if 'fp32' in name else 'bf16'}, seed {seed}"
+            steps, returns = [int(x["step"]) for x in rows], [float(x["return"]) for x in rows]
+            axis.plot(steps, returns, style, color=f"C{seed}", label=label)
+    axis.set(title="BreakoutNoFrameskip-v4", xlabel="steps", ylabel="last 100 returns")
+    axis.legend(ncols=2)
+    figure.savefig(path, dpi=80)
+
+
 def main():
     results = [collect(Path(name)) for name in sys.argv[1:] if (Path(name) / "done").exists()]
     for row, _ in results:
         print(*row.values(), sep=" | ")
     merge(HERE / "results.csv", [row for row, _ in results])
-    draw(merge(HERE / "curves.csv", [x for _, curve in results for x in curve]), HERE / "recipes.png")
+    curves = merge(HERE / "curves.csv", [x for _, curve in results for x in curve])
+    draw(curves, HERE / "recipes.png")
+    draw_precisions(curves, HERE / "precision.png")
 
 
 if __name__ == "__main__":
