@@ -321,7 +321,7 @@ def train(args, merged=False, received=()):
     if args.capture_video:  # what is missing for it shows now, not after the training
         make_envs(args, 1, str(run_dir / "videos")).close()
     envs = make_envs(args, N)
-    if sys.platform == "linux" and device.type == "cpu":  # mapping freed memory anew: a quarter of an update
+    if sys.platform == "linux" and device.type == "cpu":  # keep freed memory: saves a quarter of an update
         libc = ctypes.CDLL(None)
         _ = libc.mallopt(-1, -1), libc.mallopt(-4, 0)  # M_TRIM_THRESHOLD: never; M_MMAP_MAX: no mappings
     agent = Agent(envs.single_observation_space.shape, int(envs.single_action_space.n), args).to(device)
@@ -403,7 +403,7 @@ def train(args, merged=False, received=()):
                 # [ours 3] before this step goes too far; never in the first minibatch, whose KL is about 0
                 if args.target_kl is not None and updates and stats["approx_kl"] > args.target_kl:
                     break
-                for x, grad in zip(params, grads, strict=True):  # fused Adam takes strides for equal
+                for x, grad in zip(params, grads, strict=True):  # fused Adam needs equal strides
                     x.grad = grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)
                 optimizer.step()
                 updates.append(stats)

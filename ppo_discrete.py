@@ -403,7 +403,7 @@ def train(args, merged=False, received=()):
                 # [ours 3] before this step goes too far; never in the first minibatch, whose KL is about 0
                 if args.target_kl is not None and updates and stats["approx_kl"] > args.target_kl:
                     break
-                for x, grad in zip(params, grads, strict=True):  # fused Adam takes strides for equal
+                for x, grad in zip(params, grads, strict=True):  # fused Adam needs equal strides
                     x.grad = grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)
                 optimizer.step()
                 updates.append(stats)
