@@ -4,7 +4,7 @@
 #                 "tqdm==4.70.1", "moviepy==2.2.1", "pygame-ce==2.5.8", "mujoco==3.6.0"]
 # ///
 """PPO for continuous actions and vector observations, the whole algorithm in one file. Try --help.
-Measured, torch 2.13 on one core of an AMD EPYC: HalfCheetah-v5 1846, 1740, 1851 (seeds 1-3).
+Measured, torch 2.13 on one core of an AMD EPYC: HalfCheetah-v5 1686, 1704, 4537 (seeds 1-3).
 Papers: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02438. Tags in brackets number
 details of https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details and, as "ours", what is new
 against CleanRL's ppo_continuous_action.py. Shapes: T num_steps, N num_envs, B = T * N batch, M minibatch."""

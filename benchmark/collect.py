@@ -117,7 +117,8 @@ def main():
     merge(HERE / "results.csv", [row for row, _ in results])
     curves = merge(HERE / "curves.csv", [x for _, curve in results for x in curve])
     draw(curves, HERE / "recipes.png")
-    draw_precisions(curves, HERE / "precision.png")
+    if {"breakout", "breakout-fp32"} <= {row["recipe"] for row in curves}:
+        draw_precisions(curves, HERE / "precision.png")
 
 
 if __name__ == "__main__":
