@@ -655,8 +655,8 @@ MUTANTS = [
         "test_training.py",
         "test_b22_gradients_do_not_add_up",
         "ppo_discrete",
-        "                    param.grad = grad\n",
-        "                    param.grad = grad + (0 if param.grad is None else param.grad)\n",
+        "x.grad = grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)",
+        "x.grad = grad + (0 if x.grad is None else x.grad)",
     ),
     (
         "test_training.py",
@@ -1478,6 +1478,13 @@ MUTANTS = [
         "ppo_continuous",
         '__name__ == "__main__" and CAN_COMPILE',
         "False",
+    ),
+    (
+        "test_training.py",
+        "test_an_imported_script_compiles_on_request_only",
+        "ppo_discrete",
+        ' | {"compile": args.compile}',
+        "",
     ),
     (
         "test_training.py",

@@ -883,6 +883,20 @@ def test_compile_without_a_compiler_is_refused(script, train, monkeypatch):
     train(script, "Stateless", 1)
 
 
+def test_an_imported_script_compiles_on_request_only(script, train, monkeypatch):
+    """Not because the run was started by a program that compiled."""
+    half = train(script, "Stateless", 2)
+    path = half["run_dir"] / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["args"]["compile"] = True
+    torch.save(saved, path)
+    monkeypatch.setattr(script, "CAN_COMPILE", False)
+    with pytest.raises(script.UsageError, match="--compile"):
+        resume(script, half, compile=True, total_timesteps=48)
+    assert resume(script, half, total_timesteps=48)["global_step"] == 48
+    assert torch.load(path, weights_only=True)["args"]["compile"] is False
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
 def test_freed_memory_is_kept():
     """A tensor as large as those of the update, made again and again, gets nearly no new pages."""
