@@ -167,7 +167,8 @@ def layer_init(layer, std=2**0.5, bias_const=0.0):
 class Agent(nn.Module):  # Nature CNN, one trunk for policy and value function [atari 8]
     def __init__(self, obs_shape, num_actions, args):
         super().__init__()
-        fast = torch.cpu.get_capabilities().get("avx512_bf16", False) and args.device in ("auto", "cpu")
+        fast = args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available())
+        fast = fast and torch.cpu.get_capabilities().get("avx512_bf16", False)
         self.shapes, self.bf16 = (obs_shape, num_actions), args.precision in ("bf16", fast and "auto")
         self.network = nn.Sequential(
             *(layer_init(nn.Conv2d(4, 32, 8, stride=4)), nn.ReLU()),

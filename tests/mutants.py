@@ -1509,6 +1509,13 @@ MUTANTS = [
         'get("avx2", False)',
     ),
     (
+        "test_equations.py",
+        "test_precision_auto_is_that_of_the_processor",
+        "ppo_atari",
+        '(args.device == "auto" and not torch.cuda.is_available())\n        fast',
+        '(args.device == "auto")\n        fast',
+    ),
+    (
         "test_training.py",
         "test_reward_statistics_are_saved_in_the_order_of_older_versions",
         "ppo_continuous",

@@ -596,11 +596,19 @@ def test_b24_policy_and_value_share_the_cnn(atari):
 
 
 @pytest.mark.parametrize(
-    "has, device, fast", [(True, "auto", True), (False, "cpu", False), (True, "cuda", False)]
+    "has, device, gpu, fast",
+    [
+        (True, "auto", False, True),
+        (True, "cpu", True, True),
+        (False, "cpu", False, False),
+        (True, "cuda", True, False),
+        (True, "auto", True, False),
+    ],
 )
-def test_precision_auto_is_that_of_the_processor(atari, monkeypatch, has, device, fast):
+def test_precision_auto_is_that_of_the_processor(atari, monkeypatch, has, device, gpu, fast):
     """bf16 on CPUs that have it; on GPUs it was not measured."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": has})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     assert bool(make_agent(atari, precision="auto", device=device).bf16) == fast
     assert make_agent(atari, precision="bf16").bf16 and not make_agent(atari, precision="fp32").bf16
 
