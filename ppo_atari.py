@@ -32,7 +32,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-CAN_COMPILE = bool(which("g++")) and any(Path(sys.base_prefix).glob("include/python3*/Python.h"))
+CAN_COMPILE = bool(which("g++")) and any(Path(sys.base_prefix).glob(f"include/*{sys.version[:4]}/Python.h"))
 
 
 @dataclasses.dataclass
@@ -90,7 +90,7 @@ def check_args(args):  # before anything is started or written
     counts = "num_envs num_steps num_minibatches update_epochs save_every total_timesteps"
     limits = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9)}
     for name, value in vars(args).items():
-        low, high = limits.get(name, (int(name in counts.split()), math.inf))
+        low, high = limits.get(name, (int(name in counts.split()), math.inf))  # counts: from 1
         good = not isinstance(value, int | float) or (low <= value <= high and math.isfinite(value))
         require(good, f"--{name.replace('_', '-')} {value}: use a finite number from {low} to {high}")
     B, parts = args.num_steps * args.num_envs, args.num_minibatches
@@ -124,7 +124,7 @@ class LearningSignal(gym.wrappers.vector.RecordEpisodeStatistics):  # which reco
         obs, rewards, terminated, truncated, infos = super().step(actions)
         lost, self.lives = (0 < infos["lives"]) & (infos["lives"] < self.lives), infos["lives"]  # [atari 3]
         self.lost = lost & ~(terminated | truncated)  # where a game ended, these are the lives of the next
-        if self.videos and not self.return_queue:  # the first game
+        if self.videos and not self.return_queue:  # until the first game ends
             self.frames.append(self.colour.step(actions)[0][0, -1])  # (210, 160, 3)
         return obs, np.sign(rewards), terminated | self.lost, truncated, infos  # [atari 6]
 
@@ -154,7 +154,7 @@ def make_envs(args, num_envs, videos=None):
     envs = ale_py.AtariVectorEnv(rom, num_envs, **options, **grey)
     assert envs.autoreset_mode == mode
     colour = dict(img_height=210, img_width=160, grayscale=False, stack_num=1)
-    colour = ale_py.AtariVectorEnv(rom, 1, **options, **colour) if videos else None  # the first game again
+    colour = ale_py.AtariVectorEnv(rom, 1, **options, **colour) if videos else None  # in colour
     return LearningSignal(envs, colour, videos)
 
 
@@ -167,9 +167,9 @@ def layer_init(layer, std=2**0.5, bias_const=0.0):
 class Agent(nn.Module):  # Nature CNN, one trunk for policy and value function [atari 8]
     def __init__(self, obs_shape, num_actions, args):
         super().__init__()
-        fast = args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available())
-        fast = fast and torch.cpu.get_capabilities().get("avx512_bf16", False)
-        self.shapes, self.bf16 = (obs_shape, num_actions), args.precision in ("bf16", fast and "auto")
+        cpu = args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available())
+        auto = "bf16" if cpu and torch.cpu.get_capabilities().get("avx512_bf16", False) else "fp32"
+        self.shapes, self.bf16 = (obs_shape, num_actions), args.precision.replace("auto", auto) == "bf16"
         self.network = nn.Sequential(
             *(layer_init(nn.Conv2d(4, 32, 8, stride=4)), nn.ReLU()),
             *(layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU()),
@@ -297,14 +297,14 @@ def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=1_000_000, c
 
 def train(args, merged=False, received=()):
     """Train; returns a dict: episodic_return (mean of the last 100 raw ones), global_step, run_dir, agent.
-    With args.resume, flags not at their defaults (merged: the saved values) override the saved ones. A signal
+    With args.resume, flags that differ from the defaults (merged: from the saved ones) win. A signal
     in received ends the run. UsageError: bad input, nothing written yet; FloatingPointError: nan or inf."""
     saved = load_checkpoint(args.resume) if args.resume else {}
     if saved:
         old = vars(Args(**saved["args"]))
         new = {k: v for k, v in vars(args).items() if v != (old if merged else vars(Args()))[k]}
-        free = "total_timesteps save_every resume device num_threads track eval_episodes deterministic"
-        for k in new.keys() - {*free.split(), "capture_video", "compile"}:
+        free = "total_timesteps save_every resume device num_threads compile track wandb_project_name"
+        for k in {*new} - {*free.split(), "wandb_entity", "eval_episodes", "deterministic", "capture_video"}:
             require(new[k] == old[k], f"--{k.replace('_', '-')} {new[k]}: --resume goes on with {old[k]}")
         args = Args(**old | new | {"compile": args.compile})
     check_args(args)
@@ -314,14 +314,14 @@ def train(args, merged=False, received=()):
     require(global_step < num_iterations * B, f"--total-timesteps: use at least {global_step + B}")
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}".replace("/", "-")
     run_dir = saved["run_dir"] if saved else Path(args.run_dir or f"runs/{name}")
-    new = saved or not (run_dir / "checkpoint.pt").exists()
-    require(new, f"--run-dir {run_dir} holds a checkpoint: name another one, or --resume {run_dir}")
+    fresh = saved or not (run_dir / "checkpoint.pt").exists()
+    require(fresh, f"--run-dir {run_dir} holds a checkpoint: name another one, or --resume {run_dir}")
     device = torch.device(args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
     _ = random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
+    envs = make_envs(args, N)
     if args.capture_video:  # what is missing for it shows now, not after the training
         make_envs(args, 1, str(run_dir / "videos")).close()
-    envs = make_envs(args, N)
     if sys.platform == "linux" and device.type == "cpu":  # keep freed memory: saves a quarter of an update
         libc = ctypes.CDLL(None)
         _ = libc.mallopt(-1, -1), libc.mallopt(-4, 0)  # M_TRIM_THRESHOLD: never; M_MMAP_MAX: no mappings
@@ -335,13 +335,13 @@ def train(args, merged=False, received=()):
         _ = random.setstate(saved["python_rng"]), np.random.set_state(saved["numpy_rng"])
         torch.set_rng_state(saved["torch_rng"])
         torch.cuda.set_rng_state_all(saved["cuda_rng"][: torch.cuda.device_count()])
-    x = agent.normalize(next_obs, update=not saved)  # (N, *obs_shape)
+    x = agent.normalize(next_obs, update=not saved)  # (N, *obs_shape), counted here; those after it, below
     obs, actions = (torch.zeros((T, *x.shape), dtype=x.dtype, device=device) for x in (x, action))
     logprobs, values = torch.zeros((2, T, N), device=device)
     rollout = np.zeros((2, T, N), np.float32)  # rewards and dones, moved to the device once per iteration
 
-    def act(obs, new):  # raw ones, which the statistics shall count or not -> what the buffer keeps of a step
-        obs = agent.normalize(obs, update=new)
+    def act(obs, count):  # raw ones, counted in the statistics or not -> what the buffer keeps of a step
+        obs = agent.normalize(obs, update=count)
         action, logprob, _, value = agent.get_action_and_value(obs)
         return obs, action, logprob, value
 
@@ -349,14 +349,14 @@ def train(args, merged=False, received=()):
         mb_obs, mb_actions, *others = (x.index_select(0, mb_inds) for x in batch)  # faster than x[mb_inds]
         _, *new = agent.get_action_and_value(mb_obs, mb_actions)  # logprob, entropy, value
         loss, stats = ppo_loss(*new, *others, args, kl_coef)
-        grads = torch.autograd.grad(loss, params, materialize_grads=True)
+        grads = torch.autograd.grad(loss, params, materialize_grads=True)  # 0 where one is unused
         stats["grad_norm"] = torch.cat([x.flatten() for x in grads]).norm()  # [core 11] before it is clipped
         scale = ((args.max_grad_norm or math.inf) / (stats["grad_norm"] + 1e-6)).clamp(max=1.0)
         return [x * scale for x in grads], stats
 
     if args.compile:  # equal to rounding: the same random numbers; one graph for loss, gradient, clipping
-        torch.compiler.reset()
-        torch._dynamo.config.trace_autograd_ops = True
+        torch.compiler.reset()  # train may run again in this process, with other args
+        torch._dynamo.config.trace_autograd_ops = True  # for autograd.grad inside a graph
         how = dict(fullgraph=True, options={"fallback_random": True, "cpp_wrapper": device.type == "cpu"})
         act, gradient = torch.compile(act, **how), torch.compile(gradient, **how)
     try:
@@ -378,9 +378,9 @@ def train(args, merged=False, received=()):
 
             # --- 2. rollout: T steps of N environments, across the ends of episodes ---
             rollout_time = time.time()
-            with torch.no_grad(), torch.autocast(device.type, enabled=False):  # caches bf16 weights
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):  # keeps bf16 casts to its end
                 for step in range(T):
-                    obs[step], actions[step], logprobs[step], values[step] = act(next_obs, new=step > 0)
+                    obs[step], actions[step], logprobs[step], values[step] = act(next_obs, count=step > 0)
                     next_obs, rollout[0, step], term, trunc, infos = envs.step(actions[step].cpu().numpy())
                     rollout[1, step] = term | trunc
                     if (cut := trunc & ~term).any():  # [ours 1] time ran out: add what V expects of the rest
@@ -422,7 +422,7 @@ def train(args, merged=False, received=()):
             now = time.time()
             if not all(map(math.isfinite, means.values())):  # [ours 5] before such weights are saved
                 means |= {"observations": float(obs.sum() + next_obs.sum()), "rewards": float(rewards.sum())}
-                raise FloatingPointError(f"{means}: mend --env-id, lower --learning-rate; {run_dir} is good")
+                raise FloatingPointError(f"{means}: check --env-id or lower --learning-rate; not saved")
             last = iteration == num_iterations or bool(received)  # asked once: a signal may come at any time
             if iteration % args.save_every == 0 or last:
                 save_checkpoint(run_dir / "checkpoint.pt", agent, optimizer, envs, args, iteration, kl_coef)

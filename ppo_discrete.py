@@ -30,7 +30,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-CAN_COMPILE = bool(which("g++")) and any(Path(sys.base_prefix).glob("include/python3*/Python.h"))
+CAN_COMPILE = bool(which("g++")) and any(Path(sys.base_prefix).glob(f"include/*{sys.version[:4]}/Python.h"))
 
 
 @dataclasses.dataclass
@@ -92,7 +92,7 @@ def check_args(args):  # before anything is started or written
     counts = "num_envs num_steps num_minibatches update_epochs hidden_sizes save_every total_timesteps"
     limits = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9)}
     for name, value in vars(args).items():
-        low, high = limits.get(name, (int(name in counts.split()), math.inf))
+        low, high = limits.get(name, (int(name in counts.split()), math.inf))  # counts: from 1
         for x in value if isinstance(value, tuple) else [value]:
             good = not isinstance(x, int | float) or (low <= x <= high and math.isfinite(x))
             require(good, f"--{name.replace('_', '-')} {x}: use a finite number from {low} to {high}")
@@ -127,13 +127,13 @@ class ScaleReward(gym.wrappers.vector.RecordEpisodeStatistics):  # which records
 
 def make_envs(args, num_envs, videos=None):  # num_envs as one [core 1]; videos: folder for an mp4
     def adapt(env):
-        if videos:
-            _ = env.reset(), env.render()  # what is missing for pictures shows now
-            env = gym.wrappers.RecordVideo(env, videos, episode_trigger=lambda episode: episode == 0)
         actions, shape, name = env.action_space, env.observation_space.shape or (), f"--env-id {args.env_id}"
         fits = isinstance(actions, gym.spaces.Discrete | gym.spaces.MultiDiscrete) and not actions.start.any()
         require(fits, f"{name} acts in {actions}, not in (Multi)Discrete from 0 (a Box: ppo_continuous.py)")
         require(len(shape) != 3, f"{name} observes pixels {shape}: try ppo_atari.py")
+        if videos:
+            _ = env.reset(), env.render()  # what is missing for pictures shows now
+            env = gym.wrappers.RecordVideo(env, videos, episode_trigger=lambda episode: episode == 0)
         return env if len(shape) == 1 else gym.wrappers.FlattenObservation(env)  # of matrices, dicts
 
     # [ours 2] NEXT_STEP, the default, spends a step of reward 0 on a reset: a row nobody should learn from
@@ -174,7 +174,7 @@ class Agent(nn.Module):  # Categorical policy and value function in separate net
         if n.ndim:  # what a branch lacks against the widest has probability 0, hence no gradient
             self.actor[-1].bias.data.view(shape)[np.arange(n.max()) >= n[..., None]] = -1e9
             self.actor.append(nn.Unflatten(-1, shape))
-        self.norm_obs, zeros = args.norm_obs, torch.zeros(obs_shape, dtype=torch.float64)  # [ours 6] saved:
+        self.norm_obs, zeros = args.norm_obs, torch.zeros(obs_shape, dtype=torch.float64)  # [ours 6] saved
         self.obs_mean, self.obs_var, self.obs_count = map(nn.Buffer, (zeros, zeros + 1, zeros.sum()))
 
     def normalize(self, obs, update=False):
@@ -297,14 +297,14 @@ def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=1_000_000, c
 
 def train(args, merged=False, received=()):
     """Train; returns a dict: episodic_return (mean of the last 100 raw ones), global_step, run_dir, agent.
-    With args.resume, flags not at their defaults (merged: the saved values) override the saved ones. A signal
+    With args.resume, flags that differ from the defaults (merged: from the saved ones) win. A signal
     in received ends the run. UsageError: bad input, nothing written yet; FloatingPointError: nan or inf."""
     saved = load_checkpoint(args.resume) if args.resume else {}
     if saved:
         old = vars(Args(**saved["args"]))
         new = {k: v for k, v in vars(args).items() if v != (old if merged else vars(Args()))[k]}
-        free = "total_timesteps save_every resume device num_threads track eval_episodes deterministic"
-        for k in new.keys() - {*free.split(), "capture_video", "compile"}:
+        free = "total_timesteps save_every resume device num_threads compile track wandb_project_name"
+        for k in {*new} - {*free.split(), "wandb_entity", "eval_episodes", "deterministic", "capture_video"}:
             require(new[k] == old[k], f"--{k.replace('_', '-')} {new[k]}: --resume goes on with {old[k]}")
         args = Args(**old | new | {"compile": args.compile})
     check_args(args)
@@ -314,14 +314,14 @@ def train(args, merged=False, received=()):
     require(global_step < num_iterations * B, f"--total-timesteps: use at least {global_step + B}")
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}".replace("/", "-")
     run_dir = saved["run_dir"] if saved else Path(args.run_dir or f"runs/{name}")
-    new = saved or not (run_dir / "checkpoint.pt").exists()
-    require(new, f"--run-dir {run_dir} holds a checkpoint: name another one, or --resume {run_dir}")
+    fresh = saved or not (run_dir / "checkpoint.pt").exists()
+    require(fresh, f"--run-dir {run_dir} holds a checkpoint: name another one, or --resume {run_dir}")
     device = torch.device("cpu" if args.device == "auto" else args.device)
     _ = random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
+    envs = make_envs(args, N)
     if args.capture_video:  # what is missing for it shows now, not after the training
         make_envs(args, 1, str(run_dir / "videos")).close()
-    envs = make_envs(args, N)
     shape, space = envs.single_observation_space.shape, envs.single_action_space
     agent = Agent(shape, (space.nvec if hasattr(space, "nvec") else space.n).tolist(), args).to(device)
     params = [x for x in agent.parameters() if x.requires_grad]
@@ -334,13 +334,13 @@ def train(args, merged=False, received=()):
         _ = random.setstate(saved["python_rng"]), np.random.set_state(saved["numpy_rng"])
         torch.set_rng_state(saved["torch_rng"])
         torch.cuda.set_rng_state_all(saved["cuda_rng"][: torch.cuda.device_count()])
-    x = agent.normalize(next_obs, update=not saved)  # (N, *obs_shape)
+    x = agent.normalize(next_obs, update=not saved)  # (N, *obs_shape), counted here; those after it, below
     obs, actions = (torch.zeros((T, *x.shape), dtype=x.dtype, device=device) for x in (x, action))
     logprobs, values = torch.zeros((2, T, N), device=device)
     rollout = np.zeros((2, T, N), np.float32)  # rewards and dones, moved to the device once per iteration
 
-    def act(obs, new):  # raw ones, which the statistics shall count or not -> what the buffer keeps of a step
-        obs = agent.normalize(obs, update=new)
+    def act(obs, count):  # raw ones, counted in the statistics or not -> what the buffer keeps of a step
+        obs = agent.normalize(obs, update=count)
         action, logprob, _, value = agent.get_action_and_value(obs)
         return obs, action, logprob, value
 
@@ -348,14 +348,14 @@ def train(args, merged=False, received=()):
         mb_obs, mb_actions, *others = (x.index_select(0, mb_inds) for x in batch)  # faster than x[mb_inds]
         _, *new = agent.get_action_and_value(mb_obs, mb_actions)  # logprob, entropy, value
         loss, stats = ppo_loss(*new, *others, args, kl_coef)
-        grads = torch.autograd.grad(loss, params, materialize_grads=True)
+        grads = torch.autograd.grad(loss, params, materialize_grads=True)  # 0 where one is unused
         stats["grad_norm"] = torch.cat([x.flatten() for x in grads]).norm()  # [core 11] before it is clipped
         scale = ((args.max_grad_norm or math.inf) / (stats["grad_norm"] + 1e-6)).clamp(max=1.0)
         return [x * scale for x in grads], stats
 
     if args.compile:  # equal to rounding: the same random numbers; one graph for loss, gradient, clipping
-        torch.compiler.reset()
-        torch._dynamo.config.trace_autograd_ops = True
+        torch.compiler.reset()  # train may run again in this process, with other args
+        torch._dynamo.config.trace_autograd_ops = True  # for autograd.grad inside a graph
         how = dict(fullgraph=True, options={"fallback_random": True, "cpp_wrapper": device.type == "cpu"})
         act, gradient = torch.compile(act, **how), torch.compile(gradient, **how)
     try:
@@ -379,7 +379,7 @@ def train(args, merged=False, received=()):
             rollout_time = time.time()
             with torch.no_grad():
                 for step in range(T):
-                    obs[step], actions[step], logprobs[step], values[step] = act(next_obs, new=step > 0)
+                    obs[step], actions[step], logprobs[step], values[step] = act(next_obs, count=step > 0)
                     next_obs, rollout[0, step], term, trunc, infos = envs.step(actions[step].cpu().numpy())
                     rollout[1, step] = term | trunc
                     if (cut := trunc & ~term).any():  # [ours 1] time ran out: add what V expects of the rest
@@ -421,7 +421,7 @@ def train(args, merged=False, received=()):
             now = time.time()
             if not all(map(math.isfinite, means.values())):  # [ours 5] before such weights are saved
                 means |= {"observations": float(obs.sum() + next_obs.sum()), "rewards": float(rewards.sum())}
-                raise FloatingPointError(f"{means}: mend --env-id, lower --learning-rate; {run_dir} is good")
+                raise FloatingPointError(f"{means}: check --env-id or lower --learning-rate; not saved")
             last = iteration == num_iterations or bool(received)  # asked once: a signal may come at any time
             if iteration % args.save_every == 0 or last:
                 save_checkpoint(run_dir / "checkpoint.pt", agent, optimizer, envs, args, iteration, kl_coef)

@@ -331,8 +331,8 @@ MUTANTS = [
         "test_equations.py",
         "test_bf16_cnn_is_close_to_fp32_and_outputs_are_float32",
         "ppo_atari",
-        'args.precision in ("bf16",',
-        'args.precision in ("fp16",',
+        'replace("auto", auto) == "bf16"',
+        'replace("auto", auto) == "fp16"',
     ),
     (
         "test_equations.py",
@@ -810,7 +810,7 @@ MUTANTS = [
         "test_training.py",
         "test_b39_environment_that_reuses_its_array",
         "ppo_discrete",
-        "= act(next_obs, new=step > 0)",
+        "= act(next_obs, count=step > 0)",
         "= act(next_obs, step > 0); seen = seen + [next_obs] if step else [next_obs]; "
         "obs[: step + 1] = torch.stack(seen)",
     ),
@@ -1512,8 +1512,8 @@ MUTANTS = [
         "test_equations.py",
         "test_precision_auto_is_that_of_the_processor",
         "ppo_atari",
-        '(args.device == "auto" and not torch.cuda.is_available())\n        fast',
-        '(args.device == "auto")\n        fast',
+        '(args.device == "auto" and not torch.cuda.is_available())\n        auto',
+        '(args.device == "auto")\n        auto',
     ),
     (
         "test_training.py",

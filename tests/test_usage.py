@@ -390,6 +390,14 @@ def test_a_run_dir_that_is_a_file_is_refused(script, refused):
     assert Path("file").read_text() == "precious"
 
 
+@pytest.mark.parametrize("name, env_id", [("ppo_discrete", "Pendulum-v1"), ("ppo_continuous", "CartPole-v1")])
+def test_a_video_of_a_wrong_environment_is_refused_before_its_folder_is_made(refused, name, env_id):
+    message = refused(
+        importlib.import_module(name), tiny(name, "--env-id", env_id, "--capture-video"), env_id, "acts in"
+    )
+    assert message.count("--env-id") == 1 and not list(Path().iterdir())
+
+
 def test_resume_refuses_flags_that_cannot_change(script, refused, checkpoints):
     path, default = checkpoints[script.__name__], script.Args()
     more = ["--resume", path, "--total-timesteps", "128"]
@@ -397,6 +405,22 @@ def test_resume_refuses_flags_that_cannot_change(script, refused, checkpoints):
     refused(script, [*more, "--num-steps", default.num_steps], "--num-steps", "--resume")
     refused(script, [*more, "--no-anneal-lr"], "--anneal-lr", "--resume")
     refused(script, [*more, "--run-dir", "elsewhere"], "--run-dir", "--resume")
+
+
+FREE = """--save-every 7 --device cpu --num-threads 1 --no-compile --wandb-project-name x --wandb-entity y
+--eval-episodes 3 --deterministic"""
+
+
+def test_resume_takes_what_may_change_as_the_readme_lists_it(script, cli, checkpoints):
+    path = copied(checkpoints[script.__name__])
+    code, _, err = cli(script, "--resume", path, "--total-timesteps", "128", *FREE.split())
+    assert code == 0, err
+    args = saved(path)["args"]
+    assert (args["save_every"], args["wandb_entity"], args["deterministic"]) == (7, "y", True)
+    readme = Path(script.__file__).with_name("README.md").read_text()
+    told = readme[readme.index("Only these may be given anew") :].partition("With `--anneal-lr`")[0]
+    free = set(re.findall("--(?:no-)?([a-z-]+)", FREE))
+    assert set(re.findall("--([a-z-]+)", told)) == free | {"total-timesteps", "track", "capture-video"}
 
 
 def test_resume_of_a_finished_run_names_total_timesteps(script, refused, checkpoints):
