@@ -22,7 +22,7 @@ recipe() {
   done
 }
 
-# Results: the defaults, and Atari as far as a CPU gets in a sitting (SEEDS=1 for those shown)
+# Results: the defaults, and Atari as far as a CPU gets in a sitting (the Pong shown: SEEDS=1)
 recipe cartpole ppo_discrete.py
 recipe default-halfcheetah ppo_continuous.py
 recipe breakout ppo_atari.py --total-timesteps 1000000 --precision bf16
