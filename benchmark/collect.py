@@ -1,9 +1,9 @@
 """Read finished run directories: python benchmark/collect.py benchmark/runs/* (named <recipe>-<seed>)
 
 Puts a line per run into benchmark/results.csv and its learning curve into benchmark/curves.csv, in place of
-older ones of the same recipe and seed, and draws recipes.png and precision.png from the latter, there. Each
-checkpoint is evaluated on 100 episodes with seeds that training never used, once with sampled and once with
-best actions.
+older ones of the same recipe and seed, and draws recipes.png, curves.png and precision.png from the latter,
+there; with no directory it only draws. Each checkpoint is evaluated on 100 episodes with seeds that training
+never used, once with sampled and once with best actions.
 """
 
 import csv
@@ -18,6 +18,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 HERE = Path(__file__).resolve().parent
+RESULTS = ("cartpole", "default-halfcheetah", "breakout", "breakout-fp32")  # the README's first table
 sys.path.insert(0, str(HERE.parent))
 
 
@@ -74,25 +75,27 @@ def merge(path, rows):
     return rows
 
 
-def draw(curves, path):
-    """A panel per recipe, a line per seed."""
+def draw(curves, tasks, path):
+    """A panel per recipe, with its environment of tasks; a colour per seed."""
     names = sorted({row["recipe"] for row in curves})
-    columns = min(4, len(names))
+    columns = 4 if len(names) > 4 else 2
     shape = -(-len(names) // columns), columns
     figure, axes = plt.subplots(
         *shape, figsize=(4 * shape[1], 2.6 * shape[0]), layout="constrained", squeeze=False
     )
+    lines = {}
     for axis, name in zip(axes.flat, names, strict=False):
         for seed in sorted({int(row["seed"]) for row in curves if row["recipe"] == name}):
             rows = [row for row in curves if row["recipe"] == name and int(row["seed"]) == seed]
-            axis.plot(
-                [int(x["step"]) for x in rows], [float(x["return"]) for x in rows], label=f"seed {seed}"
-            )
-        axis.set(title=name, xlabel="steps", ylabel="last 100 returns")
+            steps, returns = [int(x["step"]) for x in rows], [float(x["return"]) for x in rows]
+            lines[f"seed {seed}"] = axis.plot(steps, returns, color=f"C{seed - 1}")[0]
+        axis.set(xlabel="steps", ylabel="mean of last 100 returns")
+        axis.set_title(f"{name}: {tasks[name]}", fontsize="small")
         axis.xaxis.set_major_locator(plt.MaxNLocator(4))
-        axis.legend()
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
+    seeds = sorted(lines)
+    figure.legend([lines[x] for x in seeds], seeds, loc="outside lower center", ncols=len(seeds))
     figure.savefig(path, dpi=80)
 
 
@@ -104,8 +107,8 @@ def draw_precisions(curves, path):
             rows = [row for row in curves if row["recipe"] == name and int(row["seed"]) == seed]
             label = f"{'fp32' if 'fp32' in name else 'bf16'}, seed {seed}"
             steps, returns = [int(x["step"]) for x in rows], [float(x["return"]) for x in rows]
-            axis.plot(steps, returns, style, color=f"C{seed}", label=label)
-    axis.set(title="BreakoutNoFrameskip-v4", xlabel="steps", ylabel="last 100 returns")
+            axis.plot(steps, returns, style, color=f"C{seed - 1}", label=label)
+    axis.set(title="BreakoutNoFrameskip-v4", xlabel="steps", ylabel="mean of last 100 returns")
     axis.legend(ncols=2)
     figure.savefig(path, dpi=80)
 
@@ -114,9 +117,10 @@ def main():
     results = [collect(Path(name)) for name in sys.argv[1:] if (Path(name) / "done").exists()]
     for row, _ in results:
         print(*row.values(), sep=" | ")
-    merge(HERE / "results.csv", [row for row, _ in results])
+    tasks = {row["recipe"]: row["env_id"] for row in merge(HERE / "results.csv", [row for row, _ in results])}
     curves = merge(HERE / "curves.csv", [x for _, curve in results for x in curve])
-    draw(curves, HERE / "recipes.png")
+    draw(curves, tasks, HERE / "recipes.png")
+    draw([row for row in curves if row["recipe"] in RESULTS], tasks, HERE / "curves.png")
     if {"breakout", "breakout-fp32"} <= {row["recipe"] for row in curves}:
         draw_precisions(curves, HERE / "precision.png")
 
