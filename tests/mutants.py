@@ -1493,6 +1493,27 @@ MUTANTS = [
         "require(CAN_COMPILE or not args.compile,",
         "require(True,",
     ),
+    (
+        "test_training.py",
+        "test_can_compile_asks_for_headers_of_this_python",
+        "ppo_discrete",
+        "include/*{sys.version[:4]}/Python.h",
+        "include/*/Python.h",
+    ),
+    (
+        "test_usage.py",
+        "test_resume_takes_what_may_change_as_the_readme_lists_it",
+        "ppo_atari",
+        '{*free.split(), "wandb_entity", ',
+        "{*free.split(), ",
+    ),
+    (
+        "test_usage.py",
+        "test_a_video_of_a_wrong_environment_is_refused_before_its_folder_is_made",
+        "ppo_continuous",
+        "    envs = make_envs(args, N)\n    if args.capture_video:",
+        "    if args.capture_video:",
+    ),
     ("test_training.py", "test_b41_explained_variance", "ppo_atari", "= 1 - (returns", "= (returns"),
     (
         "test_training.py",

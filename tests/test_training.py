@@ -20,9 +20,12 @@ import inspect
 import itertools
 import math
 import random
+import shutil
 import subprocess
 import sys
+import sysconfig
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import ale_py
@@ -874,6 +877,21 @@ def test_compiled_run_goes_on_from_an_eager_one_and_from_itself(script, train, o
     assert_close(whole, resumed)
     loaded = script.load_agent(resumed["run_dir"])
     assert type(resumed["agent"]) is script.Agent and same(state(loaded), state(resumed["agent"]))
+
+
+def test_can_compile_asks_for_headers_of_this_python(script, monkeypatch):
+    """Where torch's inductor looks for them, and not for those of another version beside it."""
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    assert script.CAN_COMPILE == (bool(shutil.which("g++")) and headers.exists())
+    line = next(x for x in inspect.getsource(script).splitlines() if x.startswith("CAN_COMPILE"))
+    for version, there in ("3.11.7 (main)", True), ("3.12.1 (main)", False):
+        fake = SimpleNamespace(base_prefix=str(Path.cwd()), version=version)
+        header = Path("include/python3.11/Python.h")
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.touch()
+        scope = {"which": lambda name: name, "Path": Path, "sys": fake}
+        exec(line, scope)
+        assert scope["CAN_COMPILE"] is there
 
 
 def test_compile_without_a_compiler_is_refused(script, train, monkeypatch):
