@@ -1094,7 +1094,7 @@ MUTANTS = [
         "test_usage.py",
         "test_resume_refuses_flags_that_cannot_change",
         "ppo_discrete",
-        "new.keys() - {*free.split(),",
+        "{*new} - {*free.split(),",
         "set() & {*free.split(),",
     ),
     (
@@ -1455,8 +1455,8 @@ MUTANTS = [
         "test_training.py",
         "test_compiled_run_goes_on_from_an_eager_one_and_from_itself",
         "ppo_atari",
-        'capture_video", "compile"}',
-        'capture_video"}',
+        "num_threads compile track",
+        "num_threads track",
     ),
     (
         "test_training.py",
