@@ -611,8 +611,8 @@ MUTANTS = [
         "test_training.py",
         "test_b20_observations_and_rewards_are_flattened_alike",
         "ppo_discrete",
-        "x.flatten() for x in",
-        "x.T.flatten() for x in",
+        "x.flatten(0, 1) for x in (obs,",
+        "(x if x.dim() > 2 else x.T).flatten(0, 1) for x in (obs,",
     ),
     (
         "test_training.py",
