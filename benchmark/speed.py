@@ -35,7 +35,7 @@ from pathlib import Path
 import tyro
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.append(str(HERE.parent))  # behind what a caller has: tests point at copies
 
 # What is not said is a default of the script. iterations: of one turn
 TASKS = {
