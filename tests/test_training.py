@@ -879,7 +879,7 @@ def test_compiled_run_goes_on_from_an_eager_one_and_from_itself(script, train, o
     assert type(resumed["agent"]) is script.Agent and same(state(loaded), state(resumed["agent"]))
 
 
-def test_can_compile_asks_for_headers_of_this_python(script, monkeypatch):
+def test_can_compile_asks_for_headers_of_this_python(script):
     """Where torch's inductor looks for them, and not for those of another version beside it."""
     headers = Path(sysconfig.get_path("include"), "Python.h")
     assert script.CAN_COMPILE == (bool(shutil.which("g++")) and headers.exists())

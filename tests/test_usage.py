@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import NAMES, SCRIPTS
+from conftest import NAMES, ROOT, SCRIPTS
 from PIL import Image
 
 MLP = ("ppo_discrete", "ppo_continuous")
@@ -417,7 +417,7 @@ def test_resume_takes_what_may_change_as_the_readme_lists_it(script, cli, checkp
     assert code == 0, err
     args = saved(path)["args"]
     assert (args["save_every"], args["wandb_entity"], args["deterministic"]) == (7, "y", True)
-    readme = Path(script.__file__).with_name("README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     told = readme[readme.index("Only these may be given anew") :].partition("With `--anneal-lr`")[0]
     free = set(re.findall("--(?:no-)?([a-z-]+)", FREE))
     assert set(re.findall("--([a-z-]+)", told)) == free | {"total-timesteps", "track", "capture-video"}
