@@ -3,25 +3,39 @@
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "tyro==1.0.17", "tensorboard==2.21.0",
 #                 "tqdm==4.70.1", "moviepy==2.2.1", "ale-py==0.12.1"]
 # ///
-"""PPO for Atari 2600 games from pixels, the whole algorithm in one file. Try --help.
-Measured, torch 2.13 on one core of an AMD EPYC: Breakout 19.7, 20.1, 21.3 after 1M steps (seeds 1, 2, 3).
-Papers: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02438. Tags in brackets number
-details of https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details and, as "ours", what is new
-against CleanRL's ppo_atari.py. Shapes: T num_steps, N num_envs, B = T * N batch, M minibatch."""
+"""PPO for Atari 2600 games from pixels: the whole algorithm in one file.
+
+    python ppo_atari.py --env-id BreakoutNoFrameskip-v4 --seed 1        (--help explains every flag)
+
+Measured: Breakout (being measured) after 1,000,000 steps (100 games; seed 1; torch 2.13, one core of an AMD
+EPYC). PPO comes first, up to the end of train; then come the environments; then what runs it all.
+
+Papers: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02438. Tags like [core 5] number
+details of https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details. Unlike CleanRL's file,
+  ours 1  a time limit does not end the task: the return goes on with V of the final observation;
+  ours 2  environments reset in the step that ends an episode, so no row of the batch belongs to a reset;
+  ours 3  --target-kl is checked before each optimiser step, not after each epoch;
+  ours 4  logged losses are means over all minibatches of an iteration;
+  ours 5  a run whose numbers become nan or infinite stops before it saves them.
+Shapes: T num_steps, N num_envs, B = T * N the batch, M a minibatch. dones[t], (N,), is 1 where action t ended
+the episode; CleanRL keeps that in dones[t + 1].
+"""
 
 import ctypes
 import dataclasses
 import difflib
 import math
+import os
 import random
+import shutil
 import signal
 import sys
+import sysconfig
 import time
 from contextlib import closing
 from importlib import import_module, util
 from pathlib import Path
-from shutil import which
-from typing import Literal
+from typing import Literal, get_args
 
 import ale_py
 import gymnasium as gym
@@ -32,42 +46,46 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-CAN_COMPILE = bool(which("g++")) and any(Path(sys.base_prefix).glob(f"include/*{sys.version[:4]}/Python.h"))
-
 
 @dataclasses.dataclass
 class Args:
-    exp_name: str = "ppo_atari"  # name of the experiment, part of the run directory's name
-    seed: int = 1  # seed of torch, numpy, Python's random and the environments
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda if there is one, else the CPU
-    num_threads: int = 0  # CPU threads of torch and of the emulators, 0: their choice
-    precision: Literal["auto", "fp32", "bf16"] = "fp32"  # of the CNN; auto: bf16 on CPUs with AVX512-BF16
-    compile: bool = False  # torch.compile: 5 to 20 s later, then faster
-    torch_deterministic: bool = True  # on CUDA: only deterministic cuDNN kernels
-    track: bool = False  # also log to Weights & Biases (pip install wandb)
-    wandb_project_name: str = "ppo"  # project for --track
-    wandb_entity: str | None = None  # entity (team) for --track
-    env_id: str = "BreakoutNoFrameskip-v4"  # <Game>NoFrameskip-v4; or ALE/<Game>-v5, with sticky actions
-    total_timesteps: int = 10_000_000  # steps of 4 frames, of all games, rounded down to whole iterations
-    learning_rate: float = 2.5e-4  # Adam's step size, at the start where annealed
-    num_envs: int = 8  # environments in all
-    num_steps: int = 128  # steps of each environment per iteration
+    # --- PPO ---
+    total_timesteps: int = (
+        10_000_000  # steps of 4 frames, of all games together, rounded down to whole iterations
+    )
+    learning_rate: float = 2.5e-4  # Adam's step size
     anneal_lr: bool = True  # lower the learning rate linearly, to one step above zero
-    gamma: float = 0.99  # discount factor
-    gae_lambda: float = 0.95  # lambda of GAE; 1: rewards-to-go minus V, 0: one-step TD error
+    num_envs: int = 8  # environments that step together
+    num_steps: int = 128  # steps of each environment per iteration
     num_minibatches: int = 4  # minibatches per epoch
     update_epochs: int = 4  # passes over the batch per iteration
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # lambda of GAE; 1: rewards-to-go minus V, 0: one-step TD error
     norm_adv: bool = True  # normalise advantages in each minibatch
-    objective: Literal["clip", "kl-penalty"] = "clip"  # bounds the policy's step by clipping or by a penalty
     clip_coef: float = 0.1  # epsilon of the clipped objective and of the value clipping
-    kl_penalty_coef: float = 1.0  # beta of kl-penalty at first; doubles or halves after updates off target
-    kl_penalty_target: float = 0.01  # KL between the policies before and after an update that beta steers to
     clip_vloss: bool = True  # clip the value loss (as openai/baselines does, not in the paper)
     ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss, which has a factor 1/2 of its own
     max_grad_norm: float = 0.5  # limit of the norm of the whole gradient; 0: off
-    target_kl: float | None = None  # end the update before a step at an approximate KL above this
+    target_kl: float = 0.0  # end the iteration's update at an approximate KL above this; 0: off
+    objective: Literal["clip", "kl-penalty"] = "clip"  # what bounds the policy's step
+    kl_penalty_coef: float = 1.0  # kl-penalty: beta at the start; it doubles or halves after each update
+    kl_penalty_target: float = 0.01  # kl-penalty: KL between old and new policy that beta steers to
+
+    # --- network ---
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the CNN; bf16: faster on CPUs with AVX512-BF16, on GPUs
+
+    # --- environment ---
+    env_id: str = "BreakoutNoFrameskip-v4"  # <Game>NoFrameskip-v4; or ALE/<Game>-v5, with sticky actions
     max_episode_steps: int = 0  # truncate games after so many steps; 0: after 27,000 (108,000 frames)
+
+    # --- this run ---
+    exp_name: str = "ppo_atari"  # part of the run directory's name
+    seed: int = 1  # seed of torch, numpy, Python's random and the environments
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda if there is one, else the CPU
+    num_threads: int = 0  # CPU threads of torch and of the emulators; 0: their choice
+    torch_deterministic: bool = True  # on CUDA: only deterministic cuDNN kernels
+    compile: bool = False  # torch.compile: starts 5 to 20 s later, then runs faster
     run_dir: str = ""  # directory to write to; empty: a new runs/<env>__<exp>__<seed>__<time>
     save_every: int = 50  # iterations between checkpoints; the last iteration always writes one
     resume: str = ""  # checkpoint.pt, or its directory, to continue with the flags it was started with
@@ -75,200 +93,511 @@ class Args:
     eval_episodes: int = 10  # episodes of --evaluate and of the evaluation after training; 0: none
     deterministic: bool = False  # evaluate the most probable action instead of sampled ones
     capture_video: bool = False  # write the first evaluated episode to <run_dir>/videos
-
-
-class UsageError(ValueError):
-    """Bad input, told in one line that names the flag and the fix; main exits with code 2."""
-
-
-def require(condition, message):
-    if not condition:
-        raise UsageError(message)
-
-
-def check_args(args):  # before anything is started or written
-    counts = "num_envs num_steps num_minibatches update_epochs save_every total_timesteps"
-    limits = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9)}
-    for name, value in vars(args).items():
-        low, high = limits.get(name, (int(name in counts.split()), math.inf))  # counts: from 1
-        good = not isinstance(value, int | float) or (low <= value <= high and math.isfinite(value))
-        require(good, f"--{name.replace('_', '-')} {value}: use a finite number from {low} to {high}")
-    B, parts = args.num_steps * args.num_envs, args.num_minibatches
-    whole = B % parts == 0 and (B > parts or not args.norm_adv)  # the std of one advantage would be nan
-    batch = f"--num-steps {args.num_steps} x --num-envs {args.num_envs} = {B} in --num-minibatches {parts}"
-    require(whole, f"{batch} must give equal parts of 2 or more (of 1 with --no-norm-adv): change one")
-    require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
-    require(CAN_COMPILE or not args.compile, "--compile: apt install g++ python3-dev, or --no-compile")
-    require(not args.capture_video or util.find_spec("moviepy"), "--capture-video: pip install moviepy")
-    there = args.device in ("auto", "cpu") or getattr(torch, args.device).is_available()
-    require(there, f"--device {args.device} is not available to this build of torch: use --device cpu")
-
-
-class LearningSignal(gym.wrappers.vector.RecordEpisodeStatistics):  # which records raw returns of games
-    def __init__(self, envs, colour, videos):
-        super().__init__(envs)
-        self.colour, self.videos, self.frames = colour, videos, []
-        self.fire = {x: i for i, x in enumerate(envs.ale.get_action_set())}.get(ale_py.Action.FIRE)
-
-    def reset(self, **kwargs):
-        obs, infos = super().reset(**kwargs)
-        self.lives, self.lost = infos["lives"], np.zeros(self.num_envs, bool)
-        if self.videos:
-            self.colour.reset(**kwargs)
-        return obs, infos
-
-    def step(self, actions):
-        # [atari 4] Breakout waits for FIRE after a lost life; the action chosen there is kept, but not played
-        if self.fire is not None:
-            actions = np.where(self.lost, self.fire, actions)
-        obs, rewards, terminated, truncated, infos = super().step(actions)
-        lost, self.lives = (0 < infos["lives"]) & (infos["lives"] < self.lives), infos["lives"]  # [atari 3]
-        self.lost = lost & ~(terminated | truncated)  # where a game ended, these are the lives of the next
-        if self.videos and not self.return_queue:  # until the first game ends
-            self.frames.append(self.colour.step(actions)[0][0, -1])  # (210, 160, 3)
-        return obs, np.sign(rewards), terminated | self.lost, truncated, infos  # [atari 6]
-
-    def close(self, **kwargs):
-        if self.frames:
-            import_module("gymnasium.utils.save_video").save_video(self.frames, self.videos, fps=15)
-        return super().close(**kwargs)
-
-
-def make_envs(args, num_envs, videos=None):
-    """num_envs games as one [core 1], videos: folder for an mp4. UsageError for a bad args.env_id."""
-    games = {}
-    for rom in ale_py.roms.get_all_rom_ids():
-        name = "".join(word.capitalize() for word in rom.split("_"))
-        games |= {f"{name}NoFrameskip-v4": (rom, 0.0), f"ALE/{name}-v5": (rom, 0.25), rom: (rom, 0.0)}
-    near = " or ".join(difflib.get_close_matches(args.env_id, games, cutoff=0.5)) or "breakout"
-    require(args.env_id in games, f"--env-id {args.env_id}: no Atari game, try {near} (or ppo_discrete.py)")
-    rom, sticky = games[args.env_id]
-    # [ours 2] NEXT_STEP, the default, spends a step of reward 0 on a reset: a row nobody should learn from
-    mode = gym.vector.AutoresetMode.SAME_STEP
-    options = dict(autoreset_mode=mode, num_threads=args.num_threads, repeat_action_probability=sticky)
-    options |= dict(noop_max=30, use_fire_reset=True, frameskip=4, maxpool=True)  # [atari 1] [atari 2]
-    options |= dict(max_num_frames_per_episode=4 * args.max_episode_steps or 108_000, full_action_space=False)
-    # off: one would reset games at lost lives, the others would hide where games end and raw rewards
-    options |= dict(episodic_life=False, life_loss_info=False, reward_clipping=False)
-    grey = dict(img_height=84, img_width=84, grayscale=True, stack_num=4)  # [atari 5] [atari 7]
-    envs = ale_py.AtariVectorEnv(rom, num_envs, **options, **grey)
-    assert envs.autoreset_mode == mode
-    colour = dict(img_height=210, img_width=160, grayscale=False, stack_num=1)
-    colour = ale_py.AtariVectorEnv(rom, 1, **options, **colour) if videos else None  # in colour
-    return LearningSignal(envs, colour, videos)
+    track: bool = False  # also log to Weights & Biases (pip install wandb)
+    wandb_project_name: str = "ppo"  # project for --track
+    wandb_entity: str = ""  # entity (team) for --track; empty: your default one
 
 
 def layer_init(layer, std=2**0.5, bias_const=0.0):
-    nn.init.orthogonal_(layer.weight, std)  # [core 2] std is their gain
+    """Orthogonal weights with gain std, constant biases [core 2]."""
+    nn.init.orthogonal_(layer.weight, std)
     nn.init.constant_(layer.bias, bias_const)
     return layer
 
 
-class Agent(nn.Module):  # Nature CNN, one trunk for policy and value function [atari 8]
-    def __init__(self, obs_shape, num_actions, args):
+class Agent(nn.Module):
+    """The Nature CNN, whose features a Categorical policy and V share [atari 8]."""
+
+    def __init__(self, observation_space, action_space, args):
         super().__init__()
-        cpu = args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available())
-        auto = "bf16" if cpu and torch.cpu.get_capabilities().get("avx512_bf16", False) else "fp32"
-        self.shapes, self.bf16 = (obs_shape, num_actions), args.precision.replace("auto", auto) == "bf16"
+        num_actions = int(action_space.n)
+        self.bf16 = args.precision == "bf16"
         self.network = nn.Sequential(
-            *(layer_init(nn.Conv2d(4, 32, 8, stride=4)), nn.ReLU()),
-            *(layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU()),
-            *(layer_init(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(), nn.Flatten()),
-            *(layer_init(nn.Linear(64 * 7 * 7, 512)), nn.ReLU()),
+            layer_init(nn.Conv2d(4, 32, 8, stride=4)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(32, 64, 4, stride=2)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(64, 64, 3, stride=1)),
+            nn.ReLU(),
+            nn.Flatten(),
+            layer_init(nn.Linear(64 * 7 * 7, 512)),
+            nn.ReLU(),
         )
-        self.actor = layer_init(nn.Linear(512, num_actions), std=0.01)  # the first policy is almost uniform
+        self.actor = layer_init(nn.Linear(512, num_actions), std=0.01)  # 0.01: almost uniform at first
         self.critic = layer_init(nn.Linear(512, 1), std=1.0)
+        self.shapes = observation_space.shape, num_actions  # for checkpoints, which hold plain values only
 
-    def normalize(self, obs, update=False):
-        return obs  # as the buffer keeps them: uint8, a quarter of the memory of float32
+    def normalize(self, raw_obs, update=False):
+        """The frames themselves: buffers keep them as uint8, a quarter of float32; features() scales them."""
+        return raw_obs
 
-    def trunk(self, obs):
-        x = obs.contiguous(memory_format=torch.channels_last)  # (N, 4, 84, 84) uint8
+    def features(self, obs):
+        """(N, 4, 84, 84) uint8 -> (N, 512) float32. Heads and loss stay in float32 whatever the precision."""
+        x = obs.contiguous(memory_format=torch.channels_last)  # convolutions are faster on it
         x = x.to(torch.bfloat16 if self.bf16 else torch.float32).div_(255)  # [atari 9]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.network(x).float()  # (N, 512), heads and loss stay in float32
+            return self.network(x).float()
 
     def get_value(self, obs):
-        return self.critic(self.trunk(obs)).squeeze(-1)  # V of each observation, (N,)
+        """V, (N,), of frames (N, 4, 84, 84)."""
+        return self.critic(self.features(obs)).squeeze(-1)
 
     def get_action_and_value(self, obs, action=None, deterministic=False):
-        """Action (given, sampled or most probable), its log-probability, the policy's entropy, V; (N,)."""
-        features = self.trunk(obs)  # (N, 512)
-        dist = torch.distributions.Categorical(logits=self.actor(features), validate_args=False)
-        if action is None:  # argmax(p / exponential noise) is a sample of p, faster than dist.sample()
-            noise = 1.0 if deterministic else torch.empty_like(dist.probs).exponential_()
-            action = (dist.probs / noise).argmax(-1)
-        return action, dist.log_prob(action), dist.entropy(), self.critic(features).squeeze(-1)
+        """Action (given, sampled or most probable), its log-probability, the policy's entropy, V: (N,) each.
+        obs: (N, 4, 84, 84) uint8."""
+        features = self.features(obs)
+        logprobs = self.actor(features).log_softmax(-1)  # (N, actions)
+        if action is None and deterministic:
+            action = logprobs.argmax(-1)
+        elif action is None:  # a sample by Gumbel's trick; torch.distributions is slower
+            noise = torch.empty_like(logprobs).exponential_()
+            action = (logprobs - noise.log()).argmax(-1)
+        logprob = logprobs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return action, logprob, entropy, self.critic(features).squeeze(-1)
+
+    def act(self, raw_obs):
+        """One step of the rollout: counts raw_obs, returns what the buffers keep of the step."""
+        obs = self.normalize(raw_obs, update=True)
+        action, logprob, _, value = self.get_action_and_value(obs)
+        return obs, action, logprob, value
 
 
 def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
     """Generalised advantage estimation [core 5], PPO paper eq. 11 and 12: (advantages, returns), (T, N) each.
-    rewards, values, dones: (T, N); dones[t] is 1 where action t ended the episode (CleanRL: dones[t + 1]). If
-    truncated, rewards[t] contains gamma * V(final observation). next_value: (N,), V after the last step."""
-    nonterminal = 1.0 - dones.to(values.dtype)  # 0 cuts off what follows in the row: it is another episode
+
+    rewards, values, dones: (T, N). dones[t] is 1 where action t ended the episode; if a time limit did,
+    rewards[t] contains gamma * V(final observation). next_value: (N,), V after the last step.
+    """
+    nonterminal = 1.0 - dones.to(values.dtype)  # 0 where the next row belongs to another episode
     next_values = torch.cat([values[1:], next_value.unsqueeze(0)])  # (T, N)
-    deltas = list(rewards + gamma * next_values * nonterminal - values)  # eq. 12
-    decays = list(gamma * gae_lambda * nonterminal)  # lists of T tensors (N,), faster to index than a (T, N)
-    advantages, lastgaelam = deltas.copy(), torch.zeros_like(next_value)
+    deltas = rewards + gamma * next_values * nonterminal - values  # eq. 12
+    decays = gamma * gae_lambda * nonterminal
+    advantages = torch.empty_like(deltas)
+    lastgaelam = torch.zeros_like(next_value)
     for t in reversed(range(len(rewards))):  # eq. 11 as a recursion
-        advantages[t] = lastgaelam = deltas[t] + decays[t] * lastgaelam
-    advantages = torch.stack(advantages)
+        lastgaelam = deltas[t] + decays[t] * lastgaelam
+        advantages[t] = lastgaelam
     return advantages, advantages + values
 
 
 def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, values, args, kl_coef=None):
-    """Loss to minimise, PPO paper eq. 9, and a dict of detached scalars. Tensors: (M,), as asserted.
+    """Loss to minimise, PPO paper eq. 9, and a dict of detached scalars. All tensors: (M,).
+
     newlogprob, entropy, newvalue: of the current weights; logprobs, values: of those that made the rollout.
-    args: anything with clip_coef, clip_vloss, ent_coef, vf_coef, norm_adv. kl_coef: None to clip, or beta."""
+    args: anything with clip_coef, clip_vloss, ent_coef, vf_coef, norm_adv. kl_coef: None to clip, or beta.
+    """
     shapes = {x.shape for x in (newlogprob, entropy, newvalue, logprobs, advantages, returns, values)}
     assert len(shapes) == 1, f"shapes {shapes} would broadcast"
     logratio = newlogprob - logprobs
     ratio = logratio.exp()  # about 1 in the first minibatch: the weights have not moved yet
-    kl = ratio - 1 - logratio  # (M,) estimates KL(old || new): http://joschu.net/blog/kl-approx.html
+    kl = ratio - 1 - logratio  # estimates KL(old || new): http://joschu.net/blog/kl-approx.html
     if args.norm_adv:  # [core 7] per minibatch, not per batch
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    if kl_coef is None:  # [core 8] clipped surrogate objective, eq. 7: no gain from a ratio beyond clip_coef
+
+    if kl_coef is None:  # [core 8] clipped objective, eq. 7: nothing to gain beyond clip_coef
         clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
         pg_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
-    else:  # eq. 8; kl is unbiased, as is its gradient, since the mean of ratio is 1 whatever the weights
+    else:  # KL penalty, eq. 8; the estimate and its gradient are unbiased, as the mean of ratio is always 1
         pg_loss = (-advantages * ratio + kl_coef * kl).mean()
+
     v_error = (newvalue - returns) ** 2
     if args.clip_vloss:  # [core 9] the worse of V and of V moved by at most clip_coef
         clipped_value = values + (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
         v_error = torch.max(v_error, (clipped_value - returns) ** 2)
-    v_loss, entropy_loss = 0.5 * v_error.mean(), entropy.mean()
+    v_loss = 0.5 * v_error.mean()
+    entropy_loss = entropy.mean()
     loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss  # [core 10] eq. 9
-    with torch.no_grad():  # [core 12]
-        stats = {"pg_loss": pg_loss.detach(), "v_loss": v_loss.detach(), "entropy": entropy_loss.detach()}
-        stats |= {"old_approx_kl": (-logratio).mean(), "approx_kl": kl.mean()}
-        stats["clipfrac"] = ((ratio - 1).abs() > args.clip_coef).to(ratio.dtype).mean()
+
+    stats = {  # [core 12]
+        "pg_loss": pg_loss.detach(),
+        "v_loss": v_loss.detach(),
+        "entropy": entropy_loss.detach(),
+        "old_approx_kl": (-logratio).mean().detach(),
+        "approx_kl": kl.mean().detach(),
+        "clipfrac": ((ratio - 1).abs() > args.clip_coef).to(ratio.dtype).mean(),
+    }
     return loss, stats
 
 
-def save_checkpoint(path, agent, optimizer, envs, args, iteration, kl_coef):
-    """Write what resuming and evaluating need, as tensors and plain numbers only."""
-    saved = {"script": Args.exp_name, "args": vars(args) | {"resume": ""}, "iteration": iteration}
-    saved |= {"global_step": iteration * args.num_steps * args.num_envs, "python_rng": random.getstate()}
-    saved |= {"shapes": agent.shapes, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-    cuda = torch.cuda.is_initialized()  # to ask would start CUDA in a run on the CPU
-    saved |= {"torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all() if cuda else []}
-    saved |= {"numpy_rng": [np.asarray(x).tolist() for x in np.random.get_state()], "kl_coef": kl_coef}
-    torch.save(saved, path.with_suffix(".tmp"))
+def compute_gradients(agent, batch, mb_inds, args, kl_coef):
+    """Leave the clipped gradient of the loss on rows mb_inds (M,) of the batch in .grad; return the stats."""
+    mb = {name: x.index_select(0, mb_inds) for name, x in batch.items()}  # (M, ...), faster than x[mb_inds]
+    _, newlogprob, entropy, newvalue = agent.get_action_and_value(mb["obs"], mb["actions"])
+    old = mb["logprobs"], mb["advantages"], mb["returns"], mb["values"]
+    beta = kl_coef if args.objective == "kl-penalty" else None
+    loss, stats = ppo_loss(newlogprob, entropy, newvalue, *old, args, beta)
+    loss.backward()
+    # [core 11] the norm of all gradients together; foreach=False, since --compile cannot trace foreach
+    max_norm = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
+    stats["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), max_norm, foreach=False)
+    return stats
+
+
+def train(args, stop_requested=lambda: False):
+    """Train an agent. Returns a dict: episodic_return (mean of the last up to 100 raw returns, nan if no
+    episode ended), global_step, run_dir, agent. stop_requested() is asked once per iteration; True saves and
+    ends the run. With args.resume, the saved arguments hold, but for those of args that are not at their
+    default. UsageError (a ValueError): bad input, nothing written yet. FloatingPointError: nan or infinity."""
+    args, checkpoint = prepare(args)  # checks and seeds; checkpoint: what --resume continues, or None
+    T, N = args.num_steps, args.num_envs
+    B = T * N
+    num_iterations = args.total_timesteps // B
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(best if args.device == "auto" else args.device)
+    keep_freed_memory(device)
+    envs = make_envs(args, N)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
+    kl_coef = torch.tensor(args.kl_penalty_coef)  # beta, used with --objective kl-penalty
+    global_step = checkpoint["global_step"] if checkpoint else 0
+    next_obs, _ = envs.reset(seed=args.seed + global_step)  # + global_step: resuming replays no episode
+    next_obs = torch.as_tensor(next_obs, device=device)
+    if checkpoint:
+        restore(checkpoint, agent, optimizer, envs, kl_coef)
+
+    obs = torch.zeros((T, N, *envs.single_observation_space.shape), dtype=torch.uint8, device=device)
+    actions = torch.zeros((T, N, *envs.single_action_space.shape), dtype=torch.int64, device=device)
+    logprobs = torch.zeros((T, N), device=device)
+    values = torch.zeros((T, N), device=device)
+    rewards = np.zeros((T, N), np.float32)  # rewards and dones come from the environments: numpy
+    dones = np.zeros((T, N), np.float32)
+    act, gradients = agent.act, compute_gradients
+    if args.compile:
+        act, gradients = compiled(act, device), compiled(gradients, device)
+
+    with closing(envs), closing(RunLog(args, global_step, device)) as log:
+        for iteration in range(global_step // B + 1, num_iterations + 1):
+            # --- 1. learning rate: from learning_rate down to learning_rate / num_iterations [core 4] ---
+            if args.anneal_lr:
+                fraction_left = 1 - (iteration - 1) / num_iterations
+                optimizer.param_groups[0]["lr"] = fraction_left * args.learning_rate
+
+            # --- 2. rollout: T steps of N environments, across the ends of episodes ---
+            rollout_start = time.time()
+            # casts of weights to bf16 last as long as the outermost autocast: this one, itself without effect
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                for t in range(T):
+                    obs[t], actions[t], logprobs[t], values[t] = act(next_obs)
+                    next_obs, rewards[t], terminated, truncated, infos = envs.step(actions[t].cpu().numpy())
+                    dones[t] = terminated | truncated
+                    time_limit = truncated & ~terminated  # (N,)
+                    if time_limit.any():  # [ours 1] the task goes on: V(final_obs) stands for the rest of it
+                        final_obs = torch.as_tensor(np.stack(infos["final_obs"][time_limit]), device=device)
+                        final_values = agent.get_value(agent.normalize(final_obs))
+                        rewards[t, time_limit] += args.gamma * final_values.cpu().numpy()
+                    next_obs = torch.as_tensor(next_obs, device=device)  # where done: of the next episode
+                next_value = agent.get_value(agent.normalize(next_obs))  # (N,)
+            global_step += B
+
+            # --- 3. advantages ---
+            update_start = time.time()
+            returned, ended = torch.as_tensor(rewards, device=device), torch.as_tensor(dones, device=device)
+            advantages, returns = compute_gae(
+                returned, values, ended, next_value, args.gamma, args.gae_lambda
+            )
+
+            # --- 4. update: every epoch visits the batch in a new order, in equal minibatches [core 6] ---
+            batch = {"obs": obs, "actions": actions, "logprobs": logprobs, "values": values}
+            batch |= {"advantages": advantages, "returns": returns}
+            batch = {name: x.flatten(0, 1) for name, x in batch.items()}  # (B, ...)
+            updates = []  # the stats of each optimiser step
+            kl_exceeded = False
+            for _ in range(args.update_epochs):
+                for mb_inds in torch.randperm(B, device=device).split(B // args.num_minibatches):  # (M,)
+                    optimizer.zero_grad()
+                    stats = gradients(agent, batch, mb_inds, args, kl_coef)
+                    # [ours 3] before the step; not before the first one, where the KL is about 0
+                    if args.target_kl > 0 and len(updates) > 0 and stats["approx_kl"] > args.target_kl:
+                        kl_exceeded = True
+                        break
+                    optimizer.step()
+                    updates.append(stats)
+                if kl_exceeded:
+                    break
+            charts = {"learning_rate": optimizer.param_groups[0]["lr"], "updates": len(updates)}
+            if args.objective == "kl-penalty":
+                charts["kl_coef"] = kl_coef.item()
+                charts["kl"] = adapt_kl_coef(kl_coef, agent, batch, args.kl_penalty_target)
+
+            # --- 5. diagnostics: nothing below changes the algorithm ---
+            losses = {name: torch.stack([stats[name] for stats in updates]).mean().item() for name in stats}
+            check_finite(args, losses, agent, obs, rewards)  # [ours 4] means above, [ours 5] before saving
+            last_iteration = iteration == num_iterations or stop_requested()
+            if iteration % args.save_every == 0 or last_iteration:
+                save_checkpoint(args, iteration, agent, optimizer, envs, kl_coef)
+            spread = returns.var()
+            losses["explained_variance"] = 1 - (returns - values).var() / spread if spread > 0 else math.nan
+            mean_return = log.write(global_step, charts, losses, envs, rollout_start, update_start)
+            if last_iteration:
+                break
+    return {
+        "episodic_return": mean_return,
+        "global_step": global_step,
+        "run_dir": log.run_dir,
+        "agent": agent,
+    }
+
+
+@torch.no_grad()
+def adapt_kl_coef(kl_coef, agent, batch, target):
+    """Set beta for the next update, PPO paper, section 4; return KL(old || new) of this one."""
+    _, newlogprob, _, _ = agent.get_action_and_value(batch["obs"], batch["actions"])
+    logratio = newlogprob - batch["logprobs"]
+    kl = (logratio.exp() - 1 - logratio).mean().item()  # the estimate of ppo_loss, on the whole batch
+    if kl > 1.5 * target:
+        kl_coef.mul_(2)
+    elif kl < target / 1.5:
+        kl_coef.div_(2)
+    kl_coef.clamp_(1e-6, 1e6)  # after thousands of halvings it would stay at 0
+    return kl
+
+
+# ---------------------------------------- the environments ----------------------------------------
+
+
+class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
+    """Records the raw returns of whole games; lost lives and signs of rewards are what the agent learns from."""
+
+    def __init__(self, envs):
+        super().__init__(envs)
+        buttons = envs.unwrapped.ale.get_action_set()
+        self.fire = buttons.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in buttons else None
+        self.lives = np.zeros(self.num_envs, int)
+        self.life_lost = np.zeros(self.num_envs, bool)  # (N,) by the step before
+
+    def reset(self, **kwargs):
+        obs, infos = super().reset(**kwargs)
+        self.lives = infos["lives"]
+        self.life_lost[:] = False
+        return obs, infos
+
+    def step(self, actions):
+        if self.fire is not None:  # [atari 4] the agent's action is kept in the buffer, but not played
+            actions = np.where(self.life_lost, self.fire, actions)
+        obs, rewards, terminated, truncated, infos = super().step(actions)
+        fewer = (infos["lives"] < self.lives) & (infos["lives"] > 0)
+        self.life_lost = fewer & ~(
+            terminated | truncated
+        )  # after a game, these are the lives of the next one
+        self.lives = infos["lives"]
+        return obs, np.sign(rewards), terminated | self.life_lost, truncated, infos  # [atari 3] [atari 6]
+
+
+class RecordColour(gym.vector.VectorWrapper):
+    """Films the first game. The agent's frames are small and grey; a second emulator plays along in colour."""
+
+    def __init__(self, envs, colour_envs, folder):
+        super().__init__(envs)
+        self.colour_envs, self.folder = colour_envs, folder
+        self.frames, self.filming = [], True
+
+    def reset(self, **kwargs):
+        self.colour_envs.reset(**kwargs)
+        return super().reset(**kwargs)
+
+    def step(self, actions):
+        obs, rewards, terminated, truncated, infos = super().step(actions)
+        if self.filming:
+            self.frames.append(self.colour_envs.step(actions)[0][0, -1])  # (210, 160, 3)
+            self.filming = not (terminated[0] or truncated[0])
+        return obs, rewards, terminated, truncated, infos
+
+    def close(self, **kwargs):
+        if self.frames:
+            import_module("gymnasium.utils.save_video").save_video(self.frames, self.folder, fps=15)
+        super().close(**kwargs)
+
+
+def make_envs(args, num_envs, video_folder=None):
+    """num_envs games as one [core 1], which films the first game if there is a video_folder. UsageError for an
+    unknown game."""
+    games = {}  # name: (ROM, probability of sticky actions)
+    for rom in set(ale_py.roms.get_all_rom_ids()) - {"combat", "joust", "maze_craze", "warlords"}:  # for two
+        name = ale_py.registration.rom_id_to_name(rom)
+        games |= {f"{name}NoFrameskip-v4": (rom, 0.0), f"ALE/{name}-v5": (rom, 0.25), rom: (rom, 0.0)}
+    close = " or ".join(difflib.get_close_matches(args.env_id, games, cutoff=0.5)) or "breakout"
+    require(args.env_id in games, f"--env-id {args.env_id}: no Atari game, try {close} (or ppo_discrete.py)")
+    rom, sticky = games[args.env_id]
+    options = {
+        # [ours 2] NEXT_STEP, the default, spends a step of reward 0 on a reset: a row to learn nothing from
+        "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP,
+        "num_threads": args.num_threads,
+        "noop_max": 30,  # [atari 1]
+        "frameskip": 4,  # [atari 2] with the maximum of the last two frames
+        "maxpool": True,
+        "use_fire_reset": True,
+        "repeat_action_probability": sticky,
+        "full_action_space": False,
+        "max_num_frames_per_episode": 4 * args.max_episode_steps if args.max_episode_steps > 0 else 108_000,
+        "episodic_life": False,  # True would reset the game at a lost life
+        "life_loss_info": False,  # True would hide where games end
+        "reward_clipping": False,  # True would hide the raw rewards
+    }
+    small = {"img_height": 84, "img_width": 84, "grayscale": True, "stack_num": 4}  # [atari 5] [atari 7]
+    envs = ale_py.AtariVectorEnv(rom, num_envs, **options, **small)
+    assert envs.autoreset_mode == gym.vector.AutoresetMode.SAME_STEP
+    if video_folder:
+        large = {"img_height": 210, "img_width": 160, "grayscale": False, "stack_num": 1}
+        envs = RecordColour(envs, ale_py.AtariVectorEnv(rom, 1, **options, **large), video_folder)
+    return LearningEnvs(envs)
+
+
+# ------------------- what runs it: nothing below changes the algorithm -------------------
+
+SCRIPT = "ppo_atari"  # written into checkpoints, so that another script refuses them
+EVALUATION = {"eval_episodes", "deterministic", "capture_video", "num_threads"}
+EVALUATE_MAY_CHANGE = EVALUATION | {"evaluate", "seed", "max_episode_steps"}
+RESUME_MAY_CHANGE = EVALUATION | {"resume", "total_timesteps", "save_every", "device", "compile", "track"}
+FROM_1 = {"num_envs", "num_steps", "num_minibatches", "update_epochs", "save_every"}
+LIMITS = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9)} | dict.fromkeys(FROM_1, (1, math.inf))
+
+
+class UsageError(ValueError):
+    """Bad input, in one line that names the flag and the fix; main exits with code 2."""
+
+
+def require(condition, message):
+    if not condition:
+        raise UsageError(" ".join(message.split()))
+
+
+def check_args(args):
+    """UsageError for arguments that cannot work, or that a checkpoint cannot hold: numpy's numbers, paths."""
+    for field in dataclasses.fields(Args):
+        value, kind, choices = getattr(args, field.name), type(field.default), get_args(field.type)
+        flag = f"--{field.name.replace('_', '-')} {value}"
+        plain = type(value) is kind or (type(value) is int and kind is float)
+        require(plain, f"{flag}: use {kind.__name__}, not {type(value).__name__}")
+        if kind is str:
+            require(not choices or value in choices, f"{flag}: use one of {', '.join(choices)}")
+            continue
+        low, high = LIMITS.get(field.name, (0, math.inf))
+        numbers = value if kind is tuple else (value,)
+        fits = all(math.isfinite(x) and low <= x <= high for x in numbers)
+        require(fits, f"{flag}: use a finite number from {low} to {high}")
+    B, parts = args.num_steps * args.num_envs, args.num_minibatches
+    equal = B % parts == 0 and (B > parts or not args.norm_adv)  # the std of one advantage would be nan
+    sizes = f"--num-steps {args.num_steps} x --num-envs {args.num_envs} = {B} in --num-minibatches {parts}"
+    require(equal, f"{sizes} must give equal parts of 2 or more (of 1 with --no-norm-adv): change one")
+    found = args.device in ("auto", "cpu") or getattr(torch, args.device).is_available()
+    require(found, f"--device {args.device}: torch finds none, use cpu")
+    require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
+    require(not args.capture_video or util.find_spec("moviepy"), "--capture-video: pip install moviepy")
+    can_compile = shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()
+    require(can_compile or not args.compile, "--compile: apt install g++ python3-dev, or --no-compile")
+
+
+def override(saved, args, defaults, may_change):
+    """The saved arguments, but where args differs from defaults. UsageError for what may not change."""
+    given = {name: value for name, value in vars(args).items() if value != getattr(defaults, name)}
+    for name in given.keys() - may_change:
+        flag, kept = f"--{name.replace('_', '-')} {given[name]}", getattr(saved, name)
+        require(given[name] == kept, f"{flag}: the checkpoint was made with {kept}, leave this flag out")
+    return dataclasses.replace(saved, **given)
+
+
+def prepare(args):
+    """Check and seed. Returns the arguments, run_dir filled in, and the checkpoint of --resume or None."""
+    check_args(args)
+    checkpoint, steps_done = None, 0
+    if args.resume:
+        checkpoint = load_checkpoint(args.resume)
+        saved, steps_done = checkpoint["args"], checkpoint["global_step"]
+        # main parses the command line over the saved arguments, run_dir among them: then all of args counts.
+        # Args(resume=...) leaves run_dir empty: then what stands at its default does not count
+        args = override(saved, args, saved if args.run_dir else Args(), RESUME_MAY_CHANGE)
+        check_args(args)
+    least = steps_done + args.num_steps * args.num_envs
+    require(args.total_timesteps >= least, f"--total-timesteps {args.total_timesteps}: use at least {least}")
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}".replace("/", "-")
+    run_dir = Path(args.run_dir if args.run_dir else f"runs/{name}")
+    new = checkpoint or not (run_dir / "checkpoint.pt").exists()
+    require(new, f"--run-dir {run_dir} holds a checkpoint: name another one, or --resume {run_dir}")
+    parent = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    require(parent.is_dir() and os.access(parent, os.W_OK), f"--run-dir {run_dir}: cannot write to {parent}")
+    if args.capture_video:  # what is missing for it shows now, not after the training
+        make_envs(args, 1, str(run_dir / "videos")).close()
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    return dataclasses.replace(args, run_dir=str(run_dir)), checkpoint
+
+
+def keep_freed_memory(device):
+    """Let glibc keep what is freed: getting the minibatches' memory from the system takes a quarter of an update."""
+    if sys.platform == "linux" and device.type == "cpu":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give memory back
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
+
+
+def compiled(function, device):
+    """The function as one graph: the same numbers up to rounding, the same random numbers."""
+    torch._dynamo.config.trace_autograd_ops = True  # loss.backward() is part of a graph
+    options = {"fallback_random": True, "cpp_wrapper": device.type == "cpu"}
+    return torch.compile(function, fullgraph=True, options=options)
+
+
+def save_checkpoint(args, iteration, agent, optimizer, envs, kl_coef):
+    """Write run_dir/checkpoint.pt: what resuming and evaluating need, as tensors and plain values only."""
+    cuda = torch.cuda.is_initialized()  # asking for its state would start CUDA in a run on the CPU
+    checkpoint = {
+        "script": SCRIPT,
+        "args": vars(args) | {"resume": ""},
+        "iteration": iteration,
+        "global_step": iteration * args.num_steps * args.num_envs,
+        "shapes": agent.shapes,
+        "agent": agent.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "kl_coef": kl_coef.item(),
+        "python_rng": random.getstate(),
+        "numpy_rng": [np.asarray(x).tolist() for x in np.random.get_state()],
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if cuda else [],
+    }
+    path = Path(args.run_dir, "checkpoint.pt")
+    torch.save(checkpoint, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)  # a crash leaves the old file or the new one, never half of one
 
 
+def restore(checkpoint, agent, optimizer, envs, kl_coef):
+    """Set everything as save_checkpoint found it, except that the environments have begun new episodes."""
+    agent.load_state_dict(checkpoint["agent"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    if checkpoint["kl_coef"] is not None:  # as older versions wrote it without --objective kl-penalty
+        kl_coef.fill_(checkpoint["kl_coef"])
+    random.setstate(checkpoint["python_rng"])
+    np.random.set_state(checkpoint["numpy_rng"])
+    torch.set_rng_state(checkpoint["torch_rng"])
+    torch.cuda.set_rng_state_all(checkpoint["cuda_rng"][: torch.cuda.device_count()])
+
+
 def load_checkpoint(path):
-    """What save_checkpoint wrote to path (or checkpoint.pt in it); UsageError if it is not of this script."""
-    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    """What save_checkpoint wrote to path, or to checkpoint.pt in it; its "args" as Args, "trained" the Agent."""
+    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+    name = f"--resume or --evaluate {path}"
+    require(path.is_file(), f"{name}: no such file, name the directory of a run or its checkpoint.pt")
     try:
-        require(path.read_bytes()[:2] == b"PK", "not a zip archive")  # as a bare pickle is not
-        saved = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
-        require(saved["script"] == Args.exp_name, f"written by {saved['script']}.py")
-        agent = Agent(*saved["shapes"], Args(**saved["args"]))
-        agent.load_state_dict(saved["agent"])
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
+        script = checkpoint["script"]
     except Exception as error:  # torch.load does not say what a damaged file raises
-        raise UsageError(f"--resume or --evaluate {path}: not of this script: {error!r:.90}") from error
-    return saved | {"run_dir": path.parent, "trained": agent.eval().requires_grad_(False)}
+        raise UsageError(f"{name}: no checkpoint, or a damaged one ({error!r:.90})") from error
+    require(script == SCRIPT, f"{name}: written by {script}.py, use that script")
+    try:
+        saved = {name: value for name, value in checkpoint["args"].items() if value is not None}
+        args = Args(**saved | {"run_dir": str(path.parent)})
+        agent = Agent(*spaces(*checkpoint["shapes"]), args)
+        agent.load_state_dict(checkpoint["agent"])
+    except Exception as error:  # Args or Agent have changed since
+        raise UsageError(f"{name}: does not fit Args or Agent of this script ({error!r:.90})") from error
+    return checkpoint | {"args": args, "trained": agent.eval().requires_grad_(False)}
+
+
+def spaces(obs_shape, num_actions):
+    """The observation and action space of Agent.shapes."""
+    return gym.spaces.Box(0, 255, obs_shape, np.uint8), gym.spaces.Discrete(num_actions)
 
 
 def load_agent(checkpoint):
@@ -277,202 +606,125 @@ def load_agent(checkpoint):
 
 
 @torch.no_grad()
-def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=1_000_000, capture_video=False):
-    """Raw returns of num_episodes whole episodes, (num_episodes,). Seeds torch. UsageError for bad input."""
+def evaluate(
+    checkpoint, num_episodes=10, deterministic=False, seed=10**6, capture_video=False, max_steps=None
+):
+    """Raw returns of num_episodes whole episodes, (num_episodes,), played on the CPU. Seeds torch.
+    max_steps: of an episode, None for those of the training. UsageError: bad input, an episode without end."""
     require(num_episodes > 0, f"--eval-episodes {num_episodes}: use 1 or more")
-    saved, agent, returns = load_checkpoint(checkpoint), load_agent(checkpoint), []
+    saved, returns = load_checkpoint(checkpoint), []
+    args, agent = saved["args"], saved["trained"]
+    if max_steps is not None:
+        args.max_episode_steps = max_steps
+    folder = f"{args.run_dir}/videos/step-{saved['global_step']}-seed-{seed}"
     torch.manual_seed(seed)
-    videos = saved["run_dir"] / "videos" / f"step-{saved['global_step']}-seed-{seed}"
-    envs = make_envs(Args(**saved["args"]), 1, str(videos) if capture_video else None)
-    obs, _ = envs.reset(seed=seed)
-    for _ in tqdm(range(num_episodes), unit="episode"):
-        infos = {}
-        while "episode" not in infos:
-            action, *_ = agent.get_action_and_value(agent.normalize(torch.tensor(obs)), None, deterministic)
-            obs, _, _, _, infos = envs.step(action.numpy())
-        returns.append(infos["episode"]["r"][0])
-    envs.close()
+    with closing(make_envs(args, 1, folder if capture_video else None)) as envs:
+        obs, _ = envs.reset(seed=seed)
+        for _ in tqdm(range(num_episodes), unit="episode"):
+            infos = {}
+            while "episode" not in infos:
+                obs = agent.normalize(torch.as_tensor(obs))
+                action, *_ = agent.get_action_and_value(obs, deterministic=deterministic)
+                obs, _, _, _, infos = envs.step(action.numpy())
+                endless = envs.episode_lengths[0] > max(100_000, args.max_episode_steps)
+                require(not endless, "--evaluate: an episode does not end, use --max-episode-steps 1000")
+            returns.append(infos["episode"]["r"][0])
     return np.array(returns)
 
 
-def train(args, merged=False, received=()):
-    """Train; returns a dict: episodic_return (mean of the last 100 raw ones), global_step, run_dir, agent.
-    With args.resume, flags that differ from the defaults (merged: from the saved ones) win. A signal
-    in received ends the run. UsageError: bad input, nothing written yet; FloatingPointError: nan or inf."""
-    saved = load_checkpoint(args.resume) if args.resume else {}
-    if saved:
-        old = vars(Args(**saved["args"]))
-        new = {k: v for k, v in vars(args).items() if v != (old if merged else vars(Args()))[k]}
-        free = "total_timesteps save_every resume device num_threads compile track wandb_project_name"
-        for k in {*new} - {*free.split(), "wandb_entity", "eval_episodes", "deterministic", "capture_video"}:
-            require(new[k] == old[k], f"--{k.replace('_', '-')} {new[k]}: --resume goes on with {old[k]}")
-        args = Args(**old | new | {"compile": args.compile})
-    check_args(args)
-    T, N, B = args.num_steps, args.num_envs, args.num_steps * args.num_envs
-    num_iterations, global_step = args.total_timesteps // B, saved.get("global_step", 0)
-    kl_coef = saved.get("kl_coef", args.kl_penalty_coef) if args.objective == "kl-penalty" else None
-    require(global_step < num_iterations * B, f"--total-timesteps: use at least {global_step + B}")
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}".replace("/", "-")
-    run_dir = saved["run_dir"] if saved else Path(args.run_dir or f"runs/{name}")
-    fresh = saved or not (run_dir / "checkpoint.pt").exists()
-    require(fresh, f"--run-dir {run_dir} holds a checkpoint: name another one, or --resume {run_dir}")
-    device = torch.device(args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
-    _ = random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    envs = make_envs(args, N)
-    if args.capture_video:  # what is missing for it shows now, not after the training
-        make_envs(args, 1, str(run_dir / "videos")).close()
-    if sys.platform == "linux" and device.type == "cpu":  # keep freed memory: saves a quarter of an update
-        libc = ctypes.CDLL(None)
-        _ = libc.mallopt(-1, -1), libc.mallopt(-4, 0)  # M_TRIM_THRESHOLD: never; M_MMAP_MAX: no mappings
-    agent = Agent(envs.single_observation_space.shape, int(envs.single_action_space.n), args).to(device)
-    params = [x for x in agent.parameters() if x.requires_grad]
-    optimizer = torch.optim.Adam(params, lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
-    next_obs = torch.as_tensor(envs.reset(seed=args.seed + global_step)[0], device=device)  # never a replay
-    action, *_ = agent.get_action_and_value(agent.normalize(next_obs))  # for its shape and dtype
-    if saved:
-        _ = agent.load_state_dict(saved["agent"]), optimizer.load_state_dict(saved["optimizer"])
-        _ = random.setstate(saved["python_rng"]), np.random.set_state(saved["numpy_rng"])
-        torch.set_rng_state(saved["torch_rng"])
-        torch.cuda.set_rng_state_all(saved["cuda_rng"][: torch.cuda.device_count()])
-    x = agent.normalize(next_obs, update=not saved)  # (N, *obs_shape), counted here; those after it, below
-    obs, actions = (torch.zeros((T, *x.shape), dtype=x.dtype, device=device) for x in (x, action))
-    logprobs, values = torch.zeros((2, T, N), device=device)
-    rollout = np.zeros((2, T, N), np.float32)  # rewards and dones, moved to the device once per iteration
+def check_finite(args, losses, agent, obs, rewards):
+    """FloatingPointError if something that the training rests on is nan or infinite."""
+    weights = sum(x.double().sum() for x in agent.state_dict().values())
+    sums = losses | {"observations": obs.sum(), "rewards": rewards.sum(), "weights": weights}
+    broken = ", ".join(name for name, number in sums.items() if not math.isfinite(number))
+    if broken:
+        fix = f"look at what --env-id {args.env_id} returns, or lower --learning-rate {args.learning_rate}"
+        raise FloatingPointError(f"nan or infinite {broken}: {fix}; this iteration was not saved")
 
-    def act(obs, count):  # raw ones, counted in the statistics or not -> what the buffer keeps of a step
-        obs = agent.normalize(obs, update=count)
-        action, logprob, _, value = agent.get_action_and_value(obs)
-        return obs, action, logprob, value
 
-    def gradient(mb_inds, kl_coef, *batch):  # of the loss of a minibatch (M,), clipped; and its stats
-        mb_obs, mb_actions, *others = (x.index_select(0, mb_inds) for x in batch)  # faster than x[mb_inds]
-        _, *new = agent.get_action_and_value(mb_obs, mb_actions)  # logprob, entropy, value
-        loss, stats = ppo_loss(*new, *others, args, kl_coef)
-        grads = torch.autograd.grad(loss, params, materialize_grads=True)  # 0 where one is unused
-        stats["grad_norm"] = torch.cat([x.flatten() for x in grads]).norm()  # [core 11] before it is clipped
-        scale = ((args.max_grad_norm or math.inf) / (stats["grad_norm"] + 1e-6)).clamp(max=1.0)
-        return [x * scale for x in grads], stats
+class RunLog:
+    """The run directory, TensorBoard's files in it, Weights & Biases on request, and the progress bar."""
 
-    if args.compile:  # equal to rounding: the same random numbers; one graph for loss, gradient, clipping
-        torch.compiler.reset()  # train may run again in this process, with other args
-        torch._dynamo.config.trace_autograd_ops = True  # for autograd.grad inside a graph
-        how = dict(fullgraph=True, options={"fallback_random": True, "cpp_wrapper": device.type == "cpu"})
-        act, gradient = torch.compile(act, **how), torch.compile(gradient, **how)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--run-dir {run_dir}: {error.strerror}, name another one") from error
-    if args.track:
-        run = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name)
-        import_module("wandb").init(**run, config=vars(args), sync_tensorboard=True)
-    print(f"{run_dir}: {num_iterations} iterations of {B} steps = {num_iterations * B:,} on {device}")
-    bar = tqdm(total=num_iterations * B, initial=global_step, unit="step", unit_scale=True)
-    with bar, closing(envs), SummaryWriter(run_dir, purge_step=global_step + 1 if saved else None) as writer:
-        writer.add_text("hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
-        start_step, start_time, score = global_step, time.time(), math.nan
-        for iteration in range(global_step // B + 1, num_iterations + 1):
-            # --- 1. learning rate: from learning_rate down to learning_rate / num_iterations [core 4] ---
-            if args.anneal_lr:
-                optimizer.param_groups[0]["lr"] = (1 - (iteration - 1) / num_iterations) * args.learning_rate
+    def __init__(self, args, global_step, device):
+        B = args.num_steps * args.num_envs
+        iterations = args.total_timesteps // B
+        self.run_dir = Path(args.run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        if args.track:
+            names = {
+                "project": args.wandb_project_name,
+                "entity": args.wandb_entity,
+                "name": self.run_dir.name,
+            }
+            import_module("wandb").init(**names, config=vars(args), sync_tensorboard=True)
+        print(f"{args.run_dir}: {iterations} iterations of {B} steps = {iterations * B:,} on {device}")
+        self.writer = SummaryWriter(args.run_dir, purge_step=global_step + 1 if global_step > 0 else None)
+        self.writer.add_text("hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
+        self.bar = tqdm(total=iterations * B, initial=global_step, unit="step", unit_scale=True)
 
-            # --- 2. rollout: T steps of N environments, across the ends of episodes ---
-            rollout_time = time.time()
-            with torch.no_grad(), torch.autocast(device.type, enabled=False):  # keeps bf16 casts to its end
-                for step in range(T):
-                    obs[step], actions[step], logprobs[step], values[step] = act(next_obs, count=step > 0)
-                    next_obs, rollout[0, step], term, trunc, infos = envs.step(actions[step].cpu().numpy())
-                    rollout[1, step] = term | trunc
-                    if (cut := trunc & ~term).any():  # [ours 1] time ran out: add what V expects of the rest
-                        ends = agent.normalize(torch.from_numpy(np.stack(infos["final_obs"][cut])).to(device))
-                        rollout[0, step, cut] += args.gamma * agent.get_value(ends).cpu().numpy()
-                    next_obs = torch.from_numpy(next_obs).to(device)
-                next_value = agent.get_value(agent.normalize(next_obs, update=True))  # (N,)
-            global_step += B
+    def write(self, global_step, charts, losses, envs, rollout_start, update_start):
+        """One point of each curve, and the progress bar. Returns the mean of the last raw returns."""
+        now, steps, episodic_return = time.time(), global_step - self.bar.n, math.nan
+        charts["SPS"] = (global_step - self.bar.initial) / (now - self.bar.start_t)
+        charts["SPS_rollout"] = steps / (update_start - rollout_start)
+        charts["SPS_update"] = steps / (now - update_start)
+        if envs.return_queue:  # of the last up to 100 episodes
+            charts["episodic_return"] = episodic_return = float(np.mean(envs.return_queue))
+            charts["episodic_length"] = np.mean(envs.length_queue)
+        losses["policy_loss"], losses["value_loss"] = losses.pop("pg_loss"), losses.pop("v_loss")
+        for group, curves in {"charts": charts, "losses": losses}.items():
+            for name, value in curves.items():
+                self.writer.add_scalar(f"{group}/{name}", value, global_step)
+        self.bar.set_postfix_str(f"return {episodic_return:.1f}", refresh=False)
+        self.bar.update(steps)
+        return episodic_return
 
-            # --- 3. advantages ---
-            update_time = time.time()
-            rewards, dones = torch.as_tensor(rollout, device=device)  # (T, N) each
-            advantages, returns = compute_gae(rewards, values, dones, next_value, args.gamma, args.gae_lambda)
-
-            # --- 4. update: every epoch visits the batch in a new order, in equal minibatches [core 6] ---
-            batch = [x.flatten(0, 1) for x in (obs, actions, logprobs, advantages, returns, values)]
-            order = torch.cat([torch.randperm(B, device=device) for _ in range(args.update_epochs)])
-            updates = []
-            for mb_inds in order.view(-1, B // args.num_minibatches):  # (M,)
-                grads, stats = gradient(mb_inds, kl_coef and torch.tensor(kl_coef), *batch)
-                # [ours 3] before this step goes too far; never in the first minibatch, whose KL is about 0
-                if args.target_kl is not None and updates and stats["approx_kl"] > args.target_kl:
-                    break
-                for x, grad in zip(params, grads, strict=True):  # fused Adam needs equal strides
-                    x.grad = grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)
-                optimizer.step()
-                updates.append(stats)
-            charts = {"learning_rate": optimizer.param_groups[0]["lr"], "updates": len(updates)}
-            if kl_coef is not None:  # PPO paper, section 4: beta follows the KL(old || new) of a whole update
-                with torch.no_grad():
-                    _, *new = agent.get_action_and_value(*batch[:2])  # (B,) each
-                kl, target = ppo_loss(*new, *batch[2:], args)[1]["approx_kl"].item(), args.kl_penalty_target
-                charts |= {"kl_coef": kl_coef, "kl": kl}
-                kl_coef *= 2.0 if kl > 1.5 * target else 0.5 if kl < target / 1.5 else 1.0
-                kl_coef = min(max(kl_coef, 1e-6), 1e6)  # thousands of halvings would end at 0
-
-            # --- 5. diagnostics, means over all minibatches [ours 4]: nothing below changes the algorithm ---
-            means = {key: torch.stack([u[key] for u in updates]).mean().item() for key in updates[0]}
-            now = time.time()
-            if not all(map(math.isfinite, means.values())):  # [ours 5] before such weights are saved
-                means |= {"observations": float(obs.sum() + next_obs.sum()), "rewards": float(rewards.sum())}
-                raise FloatingPointError(f"{means}: check --env-id or lower --learning-rate; not saved")
-            last = iteration == num_iterations or bool(received)  # asked once: a signal may come at any time
-            if iteration % args.save_every == 0 or last:
-                save_checkpoint(run_dir / "checkpoint.pt", agent, optimizer, envs, args, iteration, kl_coef)
-            charts |= {"SPS_rollout": B / (update_time - rollout_time), "SPS_update": B / (now - update_time)}
-            charts["SPS"] = (global_step - start_step) / (now - start_time)
-            if envs.return_queue:  # raw, of the last up to 100 episodes
-                charts["episodic_return"] = score = float(np.mean(envs.return_queue))
-                charts["episodic_length"] = np.mean(envs.length_queue)
-            losses = {"policy_loss": means.pop("pg_loss"), "value_loss": means.pop("v_loss"), **means}
-            losses["explained_variance"] = 1 - (returns - values).var() / (returns.var() or math.nan)
-            for group, metrics in ("charts", charts), ("losses", losses):
-                for key, value in metrics.items():
-                    writer.add_scalar(f"{group}/{key}", value, global_step)
-            bar.set_postfix_str(f"return {score:.1f}", refresh=False)
-            bar.update(B)
-            if last:
-                return dict(episodic_return=score, global_step=global_step, run_dir=run_dir, agent=agent)
+    def close(self):
+        self.bar.close()
+        self.writer.close()
 
 
 def main():
-    """Train and evaluate, or only --evaluate; end with the commands to type next."""
-    args, script, received = tyro.cli(Args), f"python {sys.argv[0]}", []
+    """The command line. Exit codes: 2 bad input, 1 nan or infinity, 130 and 143 stopped by a signal."""
+    received, command = [], f"python {sys.argv[0]}"
+
+    def on_signal(number, frame):  # the first one ends the iteration, a second one the process
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    args = tyro.cli(Args)
     try:
-        if args.resume:  # parse again with the saved flags as defaults: only what was typed overrides them
-            args = tyro.cli(Args, default=Args(**load_checkpoint(args.resume)["args"]))
-        check_args(args)
-        torch.set_num_threads(args.num_threads or torch.get_num_threads())
         checkpoint = args.evaluate
+        if args.evaluate:  # parse again over the saved arguments: what differs from them was typed
+            own = {name: getattr(Args, name) for name in EVALUATION | {"seed"}}
+            saved = dataclasses.replace(load_checkpoint(args.evaluate)["args"], **own)
+            args = override(saved, tyro.cli(Args, default=saved), saved, EVALUATE_MAY_CHANGE)
+        elif args.resume:
+            args = tyro.cli(Args, default=load_checkpoint(args.resume)["args"])
+        check_args(args)
+        torch.set_num_threads(args.num_threads if args.num_threads > 0 else torch.get_num_threads())
         if not checkpoint:
-            for stop in (signal.SIGINT, signal.SIGTERM):  # one ends the iteration, a second one the process
-                signal.signal(stop, lambda s, _: (received.append(s), signal.signal(s, signal.SIG_DFL)))
-            checkpoint = train(args, True, received)["run_dir"] / "checkpoint.pt"
+            signal.signal(signal.SIGINT, on_signal)
+            signal.signal(signal.SIGTERM, on_signal)
+            checkpoint = train(args, stop_requested=lambda: bool(received))["run_dir"] / "checkpoint.pt"
             if received:
-                print(f"stopped by signal {received[0]}, go on with: {script} --resume {checkpoint}")
+                print(f"stopped by signal {received[0]}, go on with: {command} --resume {checkpoint}")
                 sys.exit(128 + received[0])
-            for stop in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(stop, signal.SIG_DFL)
-        if args.evaluate or args.eval_episodes:
-            how = args.deterministic, 1_000_000 + args.seed, args.capture_video
-            returns = evaluate(checkpoint, args.eval_episodes, *how)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if args.evaluate or args.eval_episodes > 0:
+            choices = args.deterministic, 10**6 + args.seed, args.capture_video, args.max_episode_steps
+            returns = evaluate(checkpoint, args.eval_episodes, *choices)
             means = np.random.default_rng(0).choice(returns, (10_000, len(returns))).mean(1)  # bootstrap
             low, high = np.percentile(means, [2.5, 97.5])
             kind = f"{len(returns)} {'deterministic' if args.deterministic else 'sampled'} episodes"
             print(f"{returns.mean():.1f}: mean return of {kind}, 95 % interval {low:.1f} to {high:.1f}")
-        print(f"evaluate it: {script} --evaluate {checkpoint} --eval-episodes 100 --capture-video")
         saved = load_checkpoint(checkpoint)
-        print(f"train on:    {script} --resume {checkpoint} --total-timesteps {2 * saved['global_step']}")
-        print(f"look at it:  tensorboard --logdir {saved['run_dir']} (and videos/ in there)")
+        print(f"evaluate it: {command} --evaluate {checkpoint} --eval-episodes 100 --capture-video")
+        print(f"train on:    {command} --resume {checkpoint} --total-timesteps {2 * saved['global_step']}")
+        print(f"look at it:  tensorboard --logdir {saved['args'].run_dir} (and videos/ in there)")
     except (UsageError, FloatingPointError) as error:
-        print(f"{'error' if isinstance(error, UsageError) else 'stopped'}: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
