@@ -8,7 +8,7 @@
     python ppo_discrete.py --env-id CartPole-v1 --seed 1        (--help explains every flag)
 
 Measured: CartPole-v1 500.0 after 500,000 steps (100 episodes; seeds 1, 2, 3 alike; torch 2.13, one core of
-an AMD EPYC). PPO comes first, up to the end of train; then come the environments; then what runs it all.
+an AMD EPYC). PPO comes first, up to the end of train; then the environments; then what runs it.
 
 Papers: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02438. Tags like [core 5] number
 details of https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details. Unlike CleanRL's ppo.py,
@@ -24,7 +24,6 @@ the episode; CleanRL keeps that in dones[t + 1].
 
 import dataclasses
 import math
-import os
 import random
 import shutil
 import signal
@@ -110,8 +109,7 @@ def mlp(num_inputs, num_outputs, output_std, args):
     activation = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU}[args.activation]
     layers = []
     for hidden_size in args.hidden_sizes:
-        layers.append(layer_init(nn.Linear(num_inputs, hidden_size)))
-        layers.append(activation())
+        layers += [layer_init(nn.Linear(num_inputs, hidden_size)), activation()]
         num_inputs = hidden_size
     layers.append(layer_init(nn.Linear(num_inputs, num_outputs), output_std))
     return nn.Sequential(*layers)
@@ -234,15 +232,15 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
 
 
 def compute_gradients(agent, batch, mb_inds, args, kl_coef):
-    """Leave the clipped gradient of the loss on rows mb_inds (M,) of the batch in .grad; return the stats."""
+    """Leave the clipped gradient of the loss on rows mb_inds, (M,), of batch in .grad; return the stats."""
     mb = {name: x.index_select(0, mb_inds) for name, x in batch.items()}  # (M, ...), faster than x[mb_inds]
     _, newlogprob, entropy, newvalue = agent.get_action_and_value(mb["obs"], mb["actions"])
-    old = mb["logprobs"], mb["advantages"], mb["returns"], mb["values"]
     beta = kl_coef if args.objective == "kl-penalty" else None
-    loss, stats = ppo_loss(newlogprob, entropy, newvalue, *old, args, beta)
+    old = {name: mb[name] for name in ("logprobs", "advantages", "returns", "values")}
+    loss, stats = ppo_loss(newlogprob, entropy, newvalue, **old, args=args, kl_coef=beta)
     loss.backward()
-    # [core 11] the norm of all gradients together; foreach=False, since --compile cannot trace foreach
     max_norm = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
+    # [core 11] the norm of all gradients together; foreach=False, since --compile cannot trace foreach
     stats["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), max_norm, foreach=False)
     return stats
 
@@ -251,8 +249,9 @@ def train(args, stop_requested=lambda: False):
     """Train an agent. Returns a dict: episodic_return (mean of the last up to 100 raw returns, nan if no
     episode ended), global_step, run_dir, agent. stop_requested() is asked once per iteration; True saves and
     ends the run. With args.resume, the saved arguments hold, but for those of args that are not at their
-    default. UsageError (a ValueError): bad input, nothing written yet. FloatingPointError: nan or infinity."""
+    default. UsageError (a ValueError): bad input, nothing written. FloatingPointError: nan or infinity."""
     args, checkpoint = prepare(args)  # checks and seeds; checkpoint: what --resume continues, or None
+    run_dir = Path(args.run_dir)
     T, N = args.num_steps, args.num_envs
     B = T * N
     num_iterations = args.total_timesteps // B
@@ -277,7 +276,8 @@ def train(args, stop_requested=lambda: False):
     if args.compile:
         act, gradients = compiled(act, device), compiled(gradients, device)
 
-    with closing(envs), closing(RunLog(args, global_step, device)) as log:
+    writer, bar = open_log(args, run_dir, global_step, device)
+    with closing(envs), writer, bar:
         for iteration in range(global_step // B + 1, num_iterations + 1):
             # --- 1. learning rate: from learning_rate down to learning_rate / num_iterations [core 4] ---
             if args.anneal_lr:
@@ -302,10 +302,8 @@ def train(args, stop_requested=lambda: False):
 
             # --- 3. advantages ---
             update_start = time.time()
-            returned, ended = torch.as_tensor(rewards, device=device), torch.as_tensor(dones, device=device)
-            advantages, returns = compute_gae(
-                returned, values, ended, next_value, args.gamma, args.gae_lambda
-            )
+            reward, done = torch.as_tensor(rewards, device=device), torch.as_tensor(dones, device=device)
+            advantages, returns = compute_gae(reward, values, done, next_value, args.gamma, args.gae_lambda)
 
             # --- 4. update: every epoch visits the batch in a new order, in equal minibatches [core 6] ---
             batch = {"obs": obs, "actions": actions, "logprobs": logprobs, "values": values}
@@ -330,23 +328,19 @@ def train(args, stop_requested=lambda: False):
                 charts["kl_coef"] = kl_coef.item()
                 charts["kl"] = adapt_kl_coef(kl_coef, agent, batch, args.kl_penalty_target)
 
-            # --- 5. diagnostics: nothing below changes the algorithm ---
+            # --- 5. diagnostics: nothing below changes the algorithm; losses are means [ours 4] ---
             losses = {name: torch.stack([stats[name] for stats in updates]).mean().item() for name in stats}
-            check_finite(args, losses, agent, obs, rewards)  # [ours 4] means above, [ours 5] before saving
+            check_finite(args, losses, agent, obs, rewards)  # [ours 5] before such weights are saved
             last_iteration = iteration == num_iterations or stop_requested()
             if iteration % args.save_every == 0 or last_iteration:
                 save_checkpoint(args, iteration, agent, optimizer, envs, kl_coef)
             spread = returns.var()
             losses["explained_variance"] = 1 - (returns - values).var() / spread if spread > 0 else math.nan
-            mean_return = log.write(global_step, charts, losses, envs, rollout_start, update_start)
+            times = rollout_start, update_start
+            mean_return = write_log(writer, bar, charts, losses, envs, global_step, *times)
             if last_iteration:
                 break
-    return {
-        "episodic_return": mean_return,
-        "global_step": global_step,
-        "run_dir": log.run_dir,
-        "agent": agent,
-    }
+    return {"episodic_return": mean_return, "global_step": global_step, "run_dir": run_dir, "agent": agent}
 
 
 @torch.no_grad()
@@ -382,17 +376,18 @@ class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
     def __init__(self, envs, args):
         super().__init__(envs)
         self.norm_reward, self.gamma = args.norm_reward, args.gamma
-        self.discounted_return = np.zeros(self.num_envs)  # (N,) of each episode so far
-        self.mean, self.var, self.count = 0.0, 1.0, 0.0  # of discounted_return, over all environments
+        self.discounted = np.zeros(self.num_envs)  # (N,) return of each episode so far
+        self.mean, self.var, self.count = 0.0, 1.0, 0.0  # of them, over all environments
 
     def step(self, actions):
         actions = actions.astype(self.single_action_space.dtype)
         obs, rewards, terminated, truncated, infos = super().step(actions)
         if self.norm_reward:  # [cont 8] without subtracting a mean, which would change the task
-            self.discounted_return = self.gamma * self.discounted_return + rewards
-            statistics = running_mean_var(self.mean, self.var, self.count, self.discounted_return)
-            self.mean, self.var, self.count = statistics
-            self.discounted_return[terminated | truncated] = 0
+            self.discounted = self.gamma * self.discounted + rewards
+            self.mean, self.var, self.count = running_mean_var(
+                self.mean, self.var, self.count, self.discounted
+            )
+            self.discounted[terminated | truncated] = 0
             rewards = (rewards / np.sqrt(self.var + 1e-8)).clip(-10, 10)  # [cont 9]
         return obs, rewards, terminated, truncated, infos
 
@@ -452,7 +447,8 @@ def make_envs(args, num_envs, video_folder=None):
 SCRIPT = "ppo_discrete"  # written into checkpoints, so that another script refuses them
 EVALUATION = {"eval_episodes", "deterministic", "capture_video", "num_threads"}
 EVALUATE_MAY_CHANGE = EVALUATION | {"evaluate", "seed", "max_episode_steps"}
-RESUME_MAY_CHANGE = EVALUATION | {"resume", "total_timesteps", "save_every", "device", "compile", "track"}
+TRACKING = {"track", "wandb_project_name", "wandb_entity"}
+RESUME_MAY_CHANGE = EVALUATION | TRACKING | {"resume", "total_timesteps", "save_every", "device", "compile"}
 FROM_1 = {"num_envs", "num_steps", "num_minibatches", "update_epochs", "hidden_sizes", "save_every"}
 LIMITS = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9)} | dict.fromkeys(FROM_1, (1, math.inf))
 
@@ -473,13 +469,12 @@ def check_args(args):
         flag = f"--{field.name.replace('_', '-')} {value}"
         plain = type(value) is kind or (type(value) is int and kind is float)
         require(plain, f"{flag}: use {kind.__name__}, not {type(value).__name__}")
-        if kind is str:
-            require(not choices or value in choices, f"{flag}: use one of {', '.join(choices)}")
-            continue
         low, high = LIMITS.get(field.name, (0, math.inf))
-        numbers = value if kind is tuple else (value,)
-        fits = all(math.isfinite(x) and low <= x <= high for x in numbers)
-        require(fits, f"{flag}: use a finite number from {low} to {high}")
+        for x in value if kind is tuple else (value,):
+            fits = kind is str or (low <= x <= high and math.isfinite(x))
+            require(fits, f"{flag}: use a finite number from {low} to {high}")
+        if kind is str and choices:
+            require(value in choices, f"{flag}: use one of {', '.join(choices)}")
     B, parts = args.num_steps * args.num_envs, args.num_minibatches
     equal = B % parts == 0 and (B > parts or not args.norm_adv)  # the std of one advantage would be nan
     sizes = f"--num-steps {args.num_steps} x --num-envs {args.num_envs} = {B} in --num-minibatches {parts}"
@@ -507,8 +502,8 @@ def prepare(args):
     if args.resume:
         checkpoint = load_checkpoint(args.resume)
         saved, steps_done = checkpoint["args"], checkpoint["global_step"]
-        # main parses the command line over the saved arguments, run_dir among them: then all of args counts.
-        # Args(resume=...) leaves run_dir empty: then what stands at its default does not count
+        # main has parsed the command line over the saved arguments, so run_dir is set and all of args counts;
+        # in Args(resume=...) from Python run_dir is empty, and what stands at its default does not count
         args = override(saved, args, saved if args.run_dir else Args(), RESUME_MAY_CHANGE)
         check_args(args)
     least = steps_done + args.num_steps * args.num_envs
@@ -517,8 +512,8 @@ def prepare(args):
     run_dir = Path(args.run_dir if args.run_dir else f"runs/{name}")
     new = checkpoint or not (run_dir / "checkpoint.pt").exists()
     require(new, f"--run-dir {run_dir} holds a checkpoint: name another one, or --resume {run_dir}")
-    parent = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    require(parent.is_dir() and os.access(parent, os.W_OK), f"--run-dir {run_dir}: cannot write to {parent}")
+    blocked = any(path.is_file() for path in (run_dir, *run_dir.parents))
+    require(not blocked, f"--run-dir {run_dir}: a file is in the way, name another one")
     if args.capture_video:  # what is missing for it shows now, not after the training
         make_envs(args, 1, str(run_dir / "videos")).close()
     random.seed(args.seed)
@@ -537,7 +532,7 @@ def compiled(function, device):
 
 def save_checkpoint(args, iteration, agent, optimizer, envs, kl_coef):
     """Write run_dir/checkpoint.pt: what resuming and evaluating need, as tensors and plain values only."""
-    cuda = torch.cuda.is_initialized()  # asking for its state would start CUDA in a run on the CPU
+    cuda = torch.cuda.is_initialized()  # asking for its random state would start CUDA in a run on the CPU
     checkpoint = {
         "script": SCRIPT,
         "args": vars(args) | {"resume": ""},
@@ -547,7 +542,7 @@ def save_checkpoint(args, iteration, agent, optimizer, envs, kl_coef):
         "agent": agent.state_dict(),
         "optimizer": optimizer.state_dict(),
         "kl_coef": kl_coef.item(),
-        "reward_scale": [float(x) for x in (envs.mean, envs.var, envs.count, *envs.discounted_return)],
+        "reward_scale": [float(x) for x in (envs.mean, envs.var, envs.count, *envs.discounted)],
         "python_rng": random.getstate(),
         "numpy_rng": [np.asarray(x).tolist() for x in np.random.get_state()],
         "torch_rng": torch.get_rng_state(),
@@ -564,8 +559,8 @@ def restore(checkpoint, agent, optimizer, envs, kl_coef):
     optimizer.load_state_dict(checkpoint["optimizer"])
     if checkpoint["kl_coef"] is not None:  # as older versions wrote it without --objective kl-penalty
         kl_coef.fill_(checkpoint["kl_coef"])
-    envs.mean, envs.var, envs.count, *discounted_return = checkpoint["reward_scale"]
-    envs.discounted_return = np.array(discounted_return)
+    envs.mean, envs.var, envs.count, *discounted = checkpoint["reward_scale"]
+    envs.discounted = np.array(discounted)
     random.setstate(checkpoint["python_rng"])
     np.random.set_state(checkpoint["numpy_rng"])
     torch.set_rng_state(checkpoint["torch_rng"])
@@ -573,7 +568,7 @@ def restore(checkpoint, agent, optimizer, envs, kl_coef):
 
 
 def load_checkpoint(path):
-    """What save_checkpoint wrote to path, or to checkpoint.pt in it; its "args" as Args, "trained" the Agent."""
+    """What save_checkpoint wrote to path or path/checkpoint.pt; "args" as Args, the Agent as "trained"."""
     path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
     name = f"--resume or --evaluate {path}"
     require(path.is_file(), f"{name}: no such file, name the directory of a run or its checkpoint.pt")
@@ -584,19 +579,15 @@ def load_checkpoint(path):
         raise UsageError(f"{name}: no checkpoint, or a damaged one ({error!r:.90})") from error
     require(script == SCRIPT, f"{name}: written by {script}.py, use that script")
     try:
-        saved = {name: value for name, value in checkpoint["args"].items() if value is not None}
+        saved = {key: value for key, value in checkpoint["args"].items() if value is not None}
         args = Args(**saved | {"run_dir": str(path.parent)})
-        agent = Agent(*spaces(*checkpoint["shapes"]), args)
+        obs_shape, num_actions = checkpoint["shapes"]
+        kind = gym.spaces.Discrete if isinstance(num_actions, int) else gym.spaces.MultiDiscrete
+        agent = Agent(gym.spaces.Box(-math.inf, math.inf, obs_shape), kind(num_actions), args)
         agent.load_state_dict(checkpoint["agent"])
     except Exception as error:  # Args or Agent have changed since
         raise UsageError(f"{name}: does not fit Args or Agent of this script ({error!r:.90})") from error
     return checkpoint | {"args": args, "trained": agent.eval().requires_grad_(False)}
-
-
-def spaces(obs_shape, num_actions):
-    """The observation and action space of Agent.shapes."""
-    kind = gym.spaces.Discrete if isinstance(num_actions, int) else gym.spaces.MultiDiscrete
-    return gym.spaces.Box(-math.inf, math.inf, obs_shape), kind(num_actions)
 
 
 def load_agent(checkpoint):
@@ -605,16 +596,12 @@ def load_agent(checkpoint):
 
 
 @torch.no_grad()
-def evaluate(
-    checkpoint, num_episodes=10, deterministic=False, seed=10**6, capture_video=False, max_steps=None
-):
-    """Raw returns of num_episodes whole episodes, (num_episodes,), played on the CPU. Seeds torch.
-    max_steps: of an episode, None for those of the training. UsageError: bad input, an episode without end."""
+def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=10**6, capture_video=False, **changes):
+    """Raw returns of num_episodes whole episodes, (num_episodes,), played on the CPU. Seeds torch. changes:
+    other arguments than those saved, such as max_episode_steps. UsageError: bad input, an endless episode."""
     require(num_episodes > 0, f"--eval-episodes {num_episodes}: use 1 or more")
     saved, returns = load_checkpoint(checkpoint), []
-    args, agent = saved["args"], saved["trained"]
-    if max_steps is not None:
-        args.max_episode_steps = max_steps
+    args, agent = dataclasses.replace(saved["args"], **changes), saved["trained"]
     folder = f"{args.run_dir}/videos/step-{saved['global_step']}-seed-{seed}"
     torch.manual_seed(seed)
     with closing(make_envs(args, 1, folder if capture_video else None)) as envs:
@@ -635,52 +622,42 @@ def check_finite(args, losses, agent, obs, rewards):
     """FloatingPointError if something that the training rests on is nan or infinite."""
     weights = sum(x.double().sum() for x in agent.state_dict().values())
     sums = losses | {"observations": obs.sum(), "rewards": rewards.sum(), "weights": weights}
-    broken = ", ".join(name for name, number in sums.items() if not math.isfinite(number))
+    broken = [name for name, number in sums.items() if not math.isfinite(number)]
+    fix = f"look at --env-id {args.env_id} or lower --learning-rate {args.learning_rate}; not saved"
     if broken:
-        fix = f"look at what --env-id {args.env_id} returns, or lower --learning-rate {args.learning_rate}"
-        raise FloatingPointError(f"nan or infinite {broken}: {fix}; this iteration was not saved")
+        raise FloatingPointError(f"nan or infinity in {', '.join(broken)}: {fix}")
 
 
-class RunLog:
-    """The run directory, TensorBoard's files in it, Weights & Biases on request, and the progress bar."""
+def open_log(args, run_dir, global_step, device):
+    """Create the run directory; TensorBoard's writer, the progress bar, Weights & Biases on request."""
+    B = args.num_steps * args.num_envs
+    iterations = args.total_timesteps // B
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if args.track:
+        owner = {"project": args.wandb_project_name, "entity": args.wandb_entity or None}
+        import_module("wandb").init(**owner, name=run_dir.name, config=vars(args), sync_tensorboard=True)
+    print(f"{run_dir}: {iterations} iterations of {B} steps = {iterations * B:,} on {device}")
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if global_step > 0 else None)
+    writer.add_text("hyperparameters", "  \n".join(f"{name}: {value}" for name, value in vars(args).items()))
+    return writer, tqdm(total=iterations * B, initial=global_step, unit="step", unit_scale=True)
 
-    def __init__(self, args, global_step, device):
-        B = args.num_steps * args.num_envs
-        iterations = args.total_timesteps // B
-        self.run_dir = Path(args.run_dir)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        if args.track:
-            names = {
-                "project": args.wandb_project_name,
-                "entity": args.wandb_entity,
-                "name": self.run_dir.name,
-            }
-            import_module("wandb").init(**names, config=vars(args), sync_tensorboard=True)
-        print(f"{args.run_dir}: {iterations} iterations of {B} steps = {iterations * B:,} on {device}")
-        self.writer = SummaryWriter(args.run_dir, purge_step=global_step + 1 if global_step > 0 else None)
-        self.writer.add_text("hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
-        self.bar = tqdm(total=iterations * B, initial=global_step, unit="step", unit_scale=True)
 
-    def write(self, global_step, charts, losses, envs, rollout_start, update_start):
-        """One point of each curve, and the progress bar. Returns the mean of the last raw returns."""
-        now, steps, episodic_return = time.time(), global_step - self.bar.n, math.nan
-        charts["SPS"] = (global_step - self.bar.initial) / (now - self.bar.start_t)
-        charts["SPS_rollout"] = steps / (update_start - rollout_start)
-        charts["SPS_update"] = steps / (now - update_start)
-        if envs.return_queue:  # of the last up to 100 episodes
-            charts["episodic_return"] = episodic_return = float(np.mean(envs.return_queue))
-            charts["episodic_length"] = np.mean(envs.length_queue)
-        losses["policy_loss"], losses["value_loss"] = losses.pop("pg_loss"), losses.pop("v_loss")
-        for group, curves in {"charts": charts, "losses": losses}.items():
-            for name, value in curves.items():
-                self.writer.add_scalar(f"{group}/{name}", value, global_step)
-        self.bar.set_postfix_str(f"return {episodic_return:.1f}", refresh=False)
-        self.bar.update(steps)
-        return episodic_return
-
-    def close(self):
-        self.bar.close()
-        self.writer.close()
+def write_log(writer, bar, charts, losses, envs, global_step, rollout_start, update_start):
+    """A point of each curve, and the progress bar; returns the mean of the last up to 100 raw returns."""
+    now, steps, mean_return = time.time(), global_step - bar.n, math.nan
+    charts["SPS"] = (global_step - bar.initial) / (now - bar.start_t)
+    charts["SPS_rollout"] = steps / (update_start - rollout_start)
+    charts["SPS_update"] = steps / (now - update_start)
+    if envs.return_queue:
+        charts["episodic_return"] = mean_return = float(np.mean(envs.return_queue))
+        charts["episodic_length"] = np.mean(envs.length_queue)
+    losses["policy_loss"], losses["value_loss"] = losses.pop("pg_loss"), losses.pop("v_loss")
+    for group, curves in {"charts": charts, "losses": losses}.items():
+        for name, value in curves.items():
+            writer.add_scalar(f"{group}/{name}", value, global_step)
+    bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
+    bar.update(steps)
+    return mean_return
 
 
 def main():
@@ -712,8 +689,9 @@ def main():
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if args.evaluate or args.eval_episodes > 0:
-            choices = args.deterministic, 10**6 + args.seed, args.capture_video, args.max_episode_steps
-            returns = evaluate(checkpoint, args.eval_episodes, *choices)
+            how = args.deterministic, 10**6 + args.seed, args.capture_video
+            limit = args.max_episode_steps
+            returns = evaluate(checkpoint, args.eval_episodes, *how, max_episode_steps=limit)
             means = np.random.default_rng(0).choice(returns, (10_000, len(returns))).mean(1)  # bootstrap
             low, high = np.percentile(means, [2.5, 97.5])
             kind = f"{len(returns)} {'deterministic' if args.deterministic else 'sampled'} episodes"
