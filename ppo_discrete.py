@@ -13,7 +13,7 @@ an AMD EPYC). PPO comes first, up to the end of train; then the environments; th
 Papers: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02438. Tags like [core 5] number
 details of https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details. Unlike CleanRL's ppo.py,
   ours 1  a time limit does not end the task: the return goes on with V of the final observation;
-  ours 2  environments reset in the step that ends an episode, so no row of the batch belongs to a reset;
+  ours 2  environments reset within the step that ends an episode, so the batch has no dummy steps;
   ours 3  --target-kl is checked before each optimiser step, not after each epoch;
   ours 4  logged losses are means over all minibatches of an iteration;
   ours 5  a run whose numbers become nan or infinite stops before it saves them;
@@ -49,7 +49,7 @@ class Args:
     # --- PPO ---
     total_timesteps: int = 500_000  # steps of all environments together, rounded down to whole iterations
     learning_rate: float = 2.5e-4  # Adam's step size
-    anneal_lr: bool = True  # lower the learning rate linearly, to one step above zero
+    anneal_lr: bool = True  # lower the learning rate linearly, to learning_rate / iterations at the end
     num_envs: int = 4  # environments that step together
     num_steps: int = 128  # steps of each environment per iteration
     num_minibatches: int = 4  # minibatches per epoch
@@ -126,7 +126,7 @@ class Agent(nn.Module):
         num_actions = torch.tensor(action_space.nvec if self.multi else action_space.n)  # () or (branches,)
         widest = int(num_actions.max())
         self.logits_shape = (*num_actions.shape, widest)  # narrower branches are masked up to the widest
-        self.mask = nn.Buffer(torch.arange(widest) >= num_actions.unsqueeze(-1), persistent=False)
+        self.invalid = nn.Buffer(torch.arange(widest) >= num_actions.unsqueeze(-1), persistent=False)
         self.actor = mlp(obs_dim, math.prod(self.logits_shape), 0.01, args)  # 0.01: almost uniform at first
         self.shapes = (obs_dim,), num_actions.tolist()  # for checkpoints, which hold plain values only
 
@@ -136,7 +136,7 @@ class Agent(nn.Module):
         self.obs_count = nn.Buffer(torch.zeros((), dtype=torch.float64))
 
     def normalize(self, raw_obs, update=False):
-        """Raw observations (N, obs_dim) -> what buffers and networks take. update: count them first."""
+        """Raw observations (N, obs_dim) -> what buffers and networks take. update: the statistics, first."""
         if not self.norm_obs:
             return raw_obs.float()
         raw_obs = raw_obs.double()
@@ -154,21 +154,21 @@ class Agent(nn.Module):
         actions of MultiDiscrete (N, branches). obs: normalised, (N, obs_dim)."""
         logits = self.actor(obs)
         if self.multi:
-            logits = logits.unflatten(-1, self.logits_shape).masked_fill(self.mask, -1e9)
+            logits = logits.unflatten(-1, self.logits_shape).masked_fill(self.invalid, -1e9)
         logprobs = logits.log_softmax(-1)  # (N, actions) or (N, branches, widest)
         if action is None and deterministic:
             action = logprobs.argmax(-1)
-        elif action is None:  # a sample by Gumbel's trick; torch.distributions is slower
+        elif action is None:  # Gumbel's trick: with -log of Exp(1) noise added, the argmax is a sample
             noise = torch.empty_like(logprobs).exponential_()
             action = (logprobs - noise.log()).argmax(-1)
         logprob = logprobs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
-        if self.multi:  # branches are independent: log-probabilities and entropies add up
+        if self.multi:  # branches, on one axis or several, are independent: these add up
             logprob, entropy = logprob.flatten(1).sum(1), entropy.flatten(1).sum(1)
         return action, logprob, entropy, self.get_value(obs)
 
     def act(self, raw_obs):
-        """One step of the rollout: counts raw_obs, returns what the buffers keep of the step."""
+        """One step of the rollout: counts raw_obs in the statistics, returns what the buffers keep of it."""
         obs = self.normalize(raw_obs, update=True)
         action, logprob, _, value = self.get_action_and_value(obs)
         return obs, action, logprob, value
@@ -177,10 +177,10 @@ class Agent(nn.Module):
 def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
     """Generalised advantage estimation [core 5], PPO paper eq. 11 and 12: (advantages, returns), (T, N) each.
 
-    rewards, values, dones: (T, N). dones[t] is 1 where action t ended the episode; if a time limit did,
-    rewards[t] contains gamma * V(final observation). next_value: (N,), V after the last step.
+    rewards, values, dones: (T, N). dones[t] is 1 where action t ended the episode, in either way; where it
+    was truncated, rewards[t] contains gamma * V(final observation). next_value: (N,), V after the last step.
     """
-    nonterminal = 1.0 - dones.to(values.dtype)  # 0 where the next row belongs to another episode
+    nonterminal = 1.0 - dones.to(values.dtype)  # 0 where the episode ended: the next row is of another one
     next_values = torch.cat([values[1:], next_value.unsqueeze(0)])  # (T, N)
     deltas = rewards + gamma * next_values * nonterminal - values  # eq. 12
     decays = gamma * gae_lambda * nonterminal
@@ -196,7 +196,8 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     """Loss to minimise, PPO paper eq. 9, and a dict of detached scalars. All tensors: (M,).
 
     newlogprob, entropy, newvalue: of the current weights; logprobs, values: of those that made the rollout.
-    args: anything with clip_coef, clip_vloss, ent_coef, vf_coef, norm_adv. kl_coef: None to clip, or beta.
+    args: anything with clip_coef, clip_vloss, ent_coef, vf_coef, norm_adv. kl_coef: beta of the KL penalty,
+    None for the clipped objective.
     """
     shapes = {x.shape for x in (newlogprob, entropy, newvalue, logprobs, advantages, returns, values)}
     assert len(shapes) == 1, f"shapes {shapes} would broadcast"
@@ -209,7 +210,7 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     if kl_coef is None:  # [core 8] clipped objective, eq. 7: nothing to gain beyond clip_coef
         clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
         pg_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
-    else:  # KL penalty, eq. 8; the estimate and its gradient are unbiased, as the mean of ratio is always 1
+    else:  # KL penalty, eq. 8; unbiased, as is its gradient: under the old policy the mean of ratio is 1
         pg_loss = (-advantages * ratio + kl_coef * kl).mean()
 
     v_error = (newvalue - returns) ** 2
@@ -236,8 +237,8 @@ def compute_gradients(agent, batch, mb_inds, args, kl_coef):
     mb = {name: x.index_select(0, mb_inds) for name, x in batch.items()}  # (M, ...), faster than x[mb_inds]
     _, newlogprob, entropy, newvalue = agent.get_action_and_value(mb["obs"], mb["actions"])
     beta = kl_coef if args.objective == "kl-penalty" else None
-    old = {name: mb[name] for name in ("logprobs", "advantages", "returns", "values")}
-    loss, stats = ppo_loss(newlogprob, entropy, newvalue, **old, args=args, kl_coef=beta)
+    rollout = {name: mb[name] for name in ("logprobs", "advantages", "returns", "values")}
+    loss, stats = ppo_loss(newlogprob, entropy, newvalue, **rollout, args=args, kl_coef=beta)
     loss.backward()
     max_norm = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
     # [core 11] the norm of all gradients together; foreach=False, since --compile cannot trace foreach
@@ -246,10 +247,13 @@ def compute_gradients(agent, batch, mb_inds, args, kl_coef):
 
 
 def train(args, stop_requested=lambda: False):
-    """Train an agent. Returns a dict: episodic_return (mean of the last up to 100 raw returns, nan if no
-    episode ended), global_step, run_dir, agent. stop_requested() is asked once per iteration; True saves and
-    ends the run. With args.resume, the saved arguments hold, but for those of args that are not at their
-    default. UsageError (a ValueError): bad input, nothing written. FloatingPointError: nan or infinity."""
+    """Train an agent and return a dict: episodic_return, global_step, run_dir, agent.
+
+    episodic_return is the mean of the last up to 100 raw returns, nan if no episode ended.
+    stop_requested() is asked once per iteration: True saves a checkpoint and ends the run.
+    With args.resume the saved arguments hold, except for those of args that are not at their default.
+    Raises UsageError (a ValueError) before anything is written; FloatingPointError for nan or infinity.
+    """
     args, checkpoint = prepare(args)  # checks and seeds; checkpoint: what --resume continues, or None
     run_dir = Path(args.run_dir)
     T, N = args.num_steps, args.num_envs
@@ -272,9 +276,9 @@ def train(args, stop_requested=lambda: False):
     values = torch.zeros((T, N), device=device)
     rewards = np.zeros((T, N), np.float32)  # rewards and dones come from the environments: numpy
     dones = np.zeros((T, N), np.float32)
-    act, gradients = agent.act, compute_gradients
+    act, backward = agent.act, compute_gradients
     if args.compile:
-        act, gradients = compiled(act, device), compiled(gradients, device)
+        act, backward = compiled(act, device), compiled(backward, device)
 
     writer, bar = open_log(args, run_dir, global_step, device)
     with closing(envs), writer, bar:
@@ -302,8 +306,11 @@ def train(args, stop_requested=lambda: False):
 
             # --- 3. advantages ---
             update_start = time.time()
-            reward, done = torch.as_tensor(rewards, device=device), torch.as_tensor(dones, device=device)
-            advantages, returns = compute_gae(reward, values, done, next_value, args.gamma, args.gae_lambda)
+            rewards_tensor = torch.as_tensor(rewards, device=device)  # (T, N)
+            dones_tensor = torch.as_tensor(dones, device=device)
+            advantages, returns = compute_gae(
+                rewards_tensor, values, dones_tensor, next_value, args.gamma, args.gae_lambda
+            )
 
             # --- 4. update: every epoch visits the batch in a new order, in equal minibatches [core 6] ---
             batch = {"obs": obs, "actions": actions, "logprobs": logprobs, "values": values}
@@ -314,8 +321,8 @@ def train(args, stop_requested=lambda: False):
             for _ in range(args.update_epochs):
                 for mb_inds in torch.randperm(B, device=device).split(B // args.num_minibatches):  # (M,)
                     optimizer.zero_grad()
-                    stats = gradients(agent, batch, mb_inds, args, kl_coef)
-                    # [ours 3] before the step; not before the first one, where the KL is about 0
+                    stats = backward(agent, batch, mb_inds, args, kl_coef)
+                    # [ours 3] before the step that goes too far; the first one starts at a KL of about 0
                     if args.target_kl > 0 and len(updates) > 0 and stats["approx_kl"] > args.target_kl:
                         kl_exceeded = True
                         break
@@ -329,13 +336,13 @@ def train(args, stop_requested=lambda: False):
                 charts["kl"] = adapt_kl_coef(kl_coef, agent, batch, args.kl_penalty_target)
 
             # --- 5. diagnostics: nothing below changes the algorithm; losses are means [ours 4] ---
-            losses = {name: torch.stack([stats[name] for stats in updates]).mean().item() for name in stats}
+            losses = {name: torch.stack([x[name] for x in updates]).mean().item() for name in updates[0]}
             check_finite(args, losses, agent, obs, rewards)  # [ours 5] before such weights are saved
             last_iteration = iteration == num_iterations or stop_requested()
             if iteration % args.save_every == 0 or last_iteration:
                 save_checkpoint(args, iteration, agent, optimizer, envs, kl_coef)
-            spread = returns.var()
-            losses["explained_variance"] = 1 - (returns - values).var() / spread if spread > 0 else math.nan
+            unexplained = (returns - values).var() / returns.var() if returns.var() > 0 else math.nan
+            losses["explained_variance"] = 1 - unexplained
             times = rollout_start, update_start
             mean_return = write_log(writer, bar, charts, losses, envs, global_step, *times)
             if last_iteration:
@@ -361,8 +368,8 @@ def adapt_kl_coef(kl_coef, agent, batch, target):
 
 
 def running_mean_var(mean, var, count, batch):
-    """Mean, variance and count of all samples, with those of batch (N, ...) added: arrays or tensors. By sums
-    of squares alone (Chan et al. 1979); differences could leave a large constant with a variance below 0."""
+    """Mean, variance and count of all samples so far, those of batch (N, ...) included; arrays or tensors.
+    Merges sums of squared deviations (Chan et al. 1979); E[x^2] - E[x]^2 could fall below 0 by rounding."""
     batch_mean = batch.mean(0)
     delta = batch_mean - mean
     total = count + len(batch)
@@ -376,7 +383,9 @@ class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
     def __init__(self, envs, args):
         super().__init__(envs)
         self.norm_reward, self.gamma = args.norm_reward, args.gamma
-        self.discounted = np.zeros(self.num_envs)  # (N,) return of each episode so far
+        self.discounted = np.zeros(
+            self.num_envs
+        )  # (N,) rewards of each episode so far, older ones discounted
         self.mean, self.var, self.count = 0.0, 1.0, 0.0  # of them, over all environments
 
     def step(self, actions):
@@ -434,10 +443,13 @@ def make_envs(args, num_envs, video_folder=None):
             render_mode="rgb_array" if video_folder else None,
         )
     except Exception as error:
-        if not isinstance(error, gym.error.Error | ImportError) and not video_folder:  # renderers raise any
+        expected = (
+            isinstance(error, gym.error.Error | ImportError) or video_folder
+        )  # renderers raise any kind
+        if not expected:
             raise
         flags = f"--env-id {args.env_id} --capture-video" if video_folder else f"--env-id {args.env_id}"
-        raise UsageError(f"{flags}: {' '.join(str(error).split())}") from error  # names matches, packages
+        raise UsageError(f"{flags}: {' '.join(str(error).split())}") from error
     assert envs.metadata["autoreset_mode"] == autoreset_mode
     return LearningEnvs(envs, args)
 
@@ -502,16 +514,16 @@ def prepare(args):
     if args.resume:
         checkpoint = load_checkpoint(args.resume)
         saved, steps_done = checkpoint["args"], checkpoint["global_step"]
-        # main has parsed the command line over the saved arguments, so run_dir is set and all of args counts;
-        # in Args(resume=...) from Python run_dir is empty, and what stands at its default does not count
+        # main parses the command line over the saved arguments: run_dir is set, and all of args counts.
+        # Args(resume=...) in Python leaves run_dir empty: what stands at its default there does not count
         args = override(saved, args, saved if args.run_dir else Args(), RESUME_MAY_CHANGE)
         check_args(args)
     least = steps_done + args.num_steps * args.num_envs
     require(args.total_timesteps >= least, f"--total-timesteps {args.total_timesteps}: use at least {least}")
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}".replace("/", "-")
     run_dir = Path(args.run_dir if args.run_dir else f"runs/{name}")
-    new = checkpoint or not (run_dir / "checkpoint.pt").exists()
-    require(new, f"--run-dir {run_dir} holds a checkpoint: name another one, or --resume {run_dir}")
+    may_write = checkpoint or not (run_dir / "checkpoint.pt").exists()
+    require(may_write, f"--run-dir {run_dir} holds a checkpoint: name another one, or --resume {run_dir}")
     blocked = any(path.is_file() for path in (run_dir, *run_dir.parents))
     require(not blocked, f"--run-dir {run_dir}: a file is in the way, name another one")
     if args.capture_video:  # what is missing for it shows now, not after the training
@@ -597,8 +609,11 @@ def load_agent(checkpoint):
 
 @torch.no_grad()
 def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=10**6, capture_video=False, **changes):
-    """Raw returns of num_episodes whole episodes, (num_episodes,), played on the CPU. Seeds torch. changes:
-    other arguments than those saved, such as max_episode_steps. UsageError: bad input, an endless episode."""
+    """Raw returns of num_episodes whole episodes, (num_episodes,), played on the CPU. Seeds torch.
+
+    changes: arguments that shall differ from the saved ones, such as max_episode_steps.
+    Raises UsageError for bad input and for an episode that does not end.
+    """
     require(num_episodes > 0, f"--eval-episodes {num_episodes}: use 1 or more")
     saved, returns = load_checkpoint(checkpoint), []
     args, agent = dataclasses.replace(saved["args"], **changes), saved["trained"]
