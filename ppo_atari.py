@@ -31,7 +31,7 @@ import signal
 import sys
 import sysconfig
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
 from importlib import import_module, util
 from pathlib import Path
 from typing import Literal, get_args
@@ -271,8 +271,7 @@ def train(args, stop_requested=lambda: False):
     if args.compile:
         act, backward = compiled(act, device), compiled(backward, device)
 
-    writer, bar = open_log(args, run_dir, global_step, device)
-    with closing(envs), writer, bar:
+    with closing(envs), open_log(args, run_dir, global_step, device) as (writer, bar):
         for iteration in range(global_step // B + 1, num_iterations + 1):
             # --- 1. learning rate: from learning_rate down to learning_rate / num_iterations [core 4] ---
             if args.anneal_lr:
@@ -641,18 +640,23 @@ def check_finite(args, losses, agent, obs, rewards):
         raise FloatingPointError(f"nan or infinity in {', '.join(broken)}: {fix}")
 
 
+@contextmanager
 def open_log(args, run_dir, global_step, device):
-    """Create the run directory; TensorBoard's writer, the progress bar, Weights & Biases on request."""
+    """Create the run directory, start Weights & Biases on request; yield TensorBoard's writer, the bar."""
     B = args.num_steps * args.num_envs
     iterations = args.total_timesteps // B
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--run-dir {run_dir}: {error.strerror}, name another one") from error
     if args.track:
         owner = {"project": args.wandb_project_name, "entity": args.wandb_entity or None}
         import_module("wandb").init(**owner, name=run_dir.name, config=vars(args), sync_tensorboard=True)
     print(f"{run_dir}: {iterations} iterations of {B} steps = {iterations * B:,} on {device}")
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if global_step > 0 else None)
     writer.add_text("hyperparameters", "  \n".join(f"{name}: {value}" for name, value in vars(args).items()))
-    return writer, tqdm(total=iterations * B, initial=global_step, unit="step", unit_scale=True)
+    with writer, tqdm(total=iterations * B, initial=global_step, unit="step", unit_scale=True) as bar:
+        yield writer, bar
 
 
 def write_log(writer, bar, charts, losses, envs, global_step, rollout_start, update_start):
