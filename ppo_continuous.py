@@ -127,7 +127,7 @@ class Agent(nn.Module):
         action_dim = action_space.shape[0]
         self.critic = mlp(obs_dim, 1, 1.0, args)
         self.actor_mean = mlp(obs_dim, action_dim, 0.01, args)  # 0.01: means near 0 at first
-        logstd = torch.full((action_dim,), args.init_log_std)  # the same in every state [cont 2]
+        logstd = torch.full((action_dim,), float(args.init_log_std))  # the same in every state [cont 2]
         self.actor_logstd = nn.Parameter(logstd) if args.learn_std else nn.Buffer(logstd)
         self.shapes = (obs_dim,), action_dim  # for checkpoints, which hold plain values only
 
@@ -261,7 +261,7 @@ def train(args, stop_requested=lambda: False):
     envs = make_envs(args, N)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
-    kl_coef = torch.tensor(args.kl_penalty_coef)  # beta, used with --objective kl-penalty
+    kl_coef = torch.tensor(float(args.kl_penalty_coef))  # beta, used with --objective kl-penalty
     global_step = checkpoint["global_step"] if checkpoint else 0
     next_obs, _ = envs.reset(seed=args.seed + global_step)  # + global_step: resuming replays no episode
     next_obs = torch.as_tensor(next_obs, device=device)

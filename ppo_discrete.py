@@ -263,7 +263,7 @@ def train(args, stop_requested=lambda: False):
     envs = make_envs(args, N)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
-    kl_coef = torch.tensor(args.kl_penalty_coef)  # beta, used with --objective kl-penalty
+    kl_coef = torch.tensor(float(args.kl_penalty_coef))  # beta, used with --objective kl-penalty
     global_step = checkpoint["global_step"] if checkpoint else 0
     next_obs, _ = envs.reset(seed=args.seed + global_step)  # + global_step: resuming replays no episode
     next_obs = torch.as_tensor(next_obs, device=device)

@@ -6,6 +6,7 @@ by FakeAtari, which stands in for ale_py.AtariVectorEnv. All of them refuse an a
 
 import math
 from types import SimpleNamespace
+from typing import ClassVar
 
 import ale_py
 import gymnasium as gym
@@ -23,25 +24,27 @@ def reward_of(step, tag):
 # reward: of (step, tag), the step before the action and the seed of the environment. lives: after each step.
 THREE = [(3, "terminated")]
 STORIES = {
-    "Count": dict(ends=THREE),
-    "CountTruncated": dict(ends=[(3, "truncated")]),
-    "CountBoth": dict(ends=[(3, "terminated truncated")]),
-    "CountMixed": dict(ends=[(2, "truncated"), (3, "terminated")]),
-    "CountEndless": dict(ends=[]),
-    "CountMinus": dict(ends=[(3, "truncated")], reward=lambda step, tag: -1),
-    "CountScale": dict(ends=[], reward=lambda step, tag: 10**tag),
-    "Ids": dict(ends=[], reward=reward_of),
-    "Points": dict(ends=[(2, "terminated")], reward=lambda step, tag: (4, 7)[step]),
-    "Lives": dict(
-        ends=[(6, "terminated")], reward=lambda step, tag: (5, 0, 2, 0, 4, 0)[step], lives=(3, 2, 2, 1, 1, 3)
-    ),
+    "Count": {"ends": THREE},
+    "CountTruncated": {"ends": [(3, "truncated")]},
+    "CountBoth": {"ends": [(3, "terminated truncated")]},
+    "CountMixed": {"ends": [(2, "truncated"), (3, "terminated")]},
+    "CountEndless": {"ends": []},
+    "CountMinus": {"ends": [(3, "truncated")], "reward": lambda step, tag: -1},
+    "CountScale": {"ends": [], "reward": lambda step, tag: 10**tag},
+    "Ids": {"ends": [], "reward": reward_of},
+    "Points": {"ends": [(2, "terminated")], "reward": lambda step, tag: (4, 7)[step]},
+    "Lives": {
+        "ends": [(6, "terminated")],
+        "reward": lambda step, tag: (5, 0, 2, 0, 4, 0)[step],
+        "lives": (3, 2, 2, 1, 1, 3),
+    },
 }
 
 
 class Stub(gym.Env):
     """Constant observation (1, -2), a reward that depends on the action alone, no end, no inner state."""
 
-    metadata = {"render_modes": ["rgb_array"]}
+    metadata: ClassVar = {"render_modes": ["rgb_array"]}
     observation_space = Box(-math.inf, math.inf, (2,), np.float32)
 
     def __init__(self, box=False, render_mode=None, space=None):
@@ -86,6 +89,26 @@ class Count(Stub):
         array = np.zeros(2, np.float32) if self.array is None else self.array
         array[:] = self.count + 1000 * self.episode, self.tag
         return array
+
+
+class OddInfos(Count):
+    """Reports in infos what nobody can stack, merge or trust: ragged arrays, an int or None, "episode"."""
+
+    def odd(self):
+        return {
+            "ragged": np.zeros(self.count % 2 + 1 + self.tag % 2),
+            "sometimes": None if (self.count + self.tag) % 2 else self.count,
+            "episode": {"r": 1000.0, "l": -1},
+            "final_obs": "?",
+        }
+
+    def reset(self, *, seed=None, options=None):
+        obs, _ = super().reset(seed=seed)
+        return obs, self.odd()
+
+    def step(self, action):
+        *results, _ = super().step(action)
+        return *results, self.odd()
 
 
 class Nan(Count):
@@ -156,6 +179,47 @@ class Observe(Stub):
         return self.observation_space.sample()
 
 
+class ShortLong(gym.Env):
+    """Episodes of 1 or of 20 steps at random, reward 100 per step; complains about actions out of bounds."""
+
+    observation_space = Box(-1, 1, (2,), np.float32)
+
+    def __init__(self, space, render_mode=None):
+        self.action_space = space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = self.np_random.choice([1, 20])
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), f"{action!r} is not in {self.action_space}"
+        self.left -= 1
+        return np.ones(2, np.float32), 100.0, self.left == 0, False, {}
+
+
+class Nudge(gym.Env):
+    """Pays the action itself, so that returns show what was acted; 5 steps per episode."""
+
+    observation_space = Box(-10, 10, (1,), np.float32)
+
+    def __init__(self, space, render_mode=None):
+        self.action_space = space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, x = 0, self.np_random.normal(size=1).astype(np.float32)
+        return x, {}
+
+    def step(self, action):
+        self.t += 1
+        return np.full(1, self.t, np.float32), float(np.sum(action)), self.t == 5, False, {}
+
+
+class Pixels(ShortLong):
+    observation_space = Box(0, 255, (84, 84, 3), np.uint8)
+
+
 class FakeAtari(gym.vector.VectorEnv):
     """AtariVectorEnv with a story in place of a game; three pixels of a frame say step, episode and seed.
 
@@ -184,12 +248,12 @@ class FakeAtari(gym.vector.VectorEnv):
         self.games = [Count(**self.story) for _ in range(self.num_envs)] if self.story else []
         for i, game in enumerate(self.games):
             game.reset(seed=seed + i)
+        self.lives = np.full(self.num_envs, 3, np.int32)
         return self.observe(), self.infos()
 
     def step(self, actions):
         assert self.action_space.contains(actions), f"{actions!r} is not in {self.action_space}"
         rewards, ends = actions.astype(np.int32) - 1, np.zeros((2, self.num_envs), bool)
-        self.lives = np.full(self.num_envs, 3, np.int32)
         for i, (game, action) in enumerate(zip(self.games, actions, strict=bool(self.games))):
             _, rewards[i], *ends[:, i], _ = game.step(int(action))
             self.lives[i] = self.story.get("lives", [3] * 1000)[game.count - 1]
@@ -209,10 +273,9 @@ class FakeAtari(gym.vector.VectorEnv):
 
     def infos(self):
         numbers = np.array([game.count for game in self.games] or [0] * self.num_envs, np.int32)
-        lives = getattr(self, "lives", np.full(self.num_envs, 3, np.int32))
         return {
             "env_id": np.arange(self.num_envs),
-            "lives": lives.copy(),
+            "lives": self.lives.copy(),
             "episode_frame_number": 4 * numbers,
         }
 
@@ -231,9 +294,12 @@ SPACES = {
     "Matrix": Box(-1, 1, (2, 3), np.float32),
     "Float64": Box(-1, 1, (3,), np.float64),
     "Integer": Box(-9, 9, (3,), np.int64),
+    "Boolean": Box(0, 1, (3,), bool),
+    "MultiBinary": gym.spaces.MultiBinary(4),
 }
 STUBS = {"Stateless": (Stub, {})}
 STUBS |= {name: (Count, story) for name, story in STORIES.items()}
+STUBS["OddInfos"] = OddInfos, {"ends": THREE}
 STUBS["InPlace"] = Count, {"ends": [], "in_place": True}
 STUBS |= {
     f"{name}{what.title()}": (Nan, {"what": what, "bad": bad})
@@ -250,3 +316,6 @@ gym.register("BranchesFrom1-v0", entry_point=Branches, kwargs={"space": FROM_1})
 for name, (stub, kwargs) in STUBS.items():
     for suffix, box in ("", False), ("Box", True):
         gym.register(f"{name}{suffix}-v0", entry_point=stub, kwargs=kwargs | {"box": box})
+for suffix, space in ("Discrete", Discrete(2)), ("Box", Box(-0.1, 0.1, (2,), np.float32)):
+    for stub in (ShortLong, Nudge, Pixels):
+        gym.register(f"{stub.__name__}{suffix}-v0", stub, kwargs={"space": space})
