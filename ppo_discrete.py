@@ -25,6 +25,7 @@ the episode; CleanRL keeps that in dones[t + 1].
 import dataclasses
 import math
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -251,7 +252,7 @@ def train(args, stop_requested=lambda: False):
 
     episodic_return is the mean of the last up to 100 raw returns, nan if no episode ended.
     stop_requested() is asked once per iteration: True saves a checkpoint and ends the run.
-    With args.resume the saved arguments hold, except for those of args that are not at their default.
+    With args.resume, and no run_dir, the saved arguments hold but for those of args not at their default.
     Raises UsageError (a ValueError) before anything is written; FloatingPointError for nan or infinity.
     """
     args, checkpoint = prepare(args)  # checks and seeds; checkpoint: what --resume continues, or None
@@ -278,8 +279,10 @@ def train(args, stop_requested=lambda: False):
     dones = np.zeros((T, N), np.float32)
     act, backward = agent.act, compute_gradients
     if args.compile:
+        torch.compiler.reset()  # train may run again in this process, with other arguments
         act, backward = compiled(act, device), compiled(backward, device)
 
+    start_step, start_time = global_step, time.time()
     with closing(envs), open_log(args, run_dir, global_step, device) as (writer, bar):
         for iteration in range(global_step // B + 1, num_iterations + 1):
             # --- 1. learning rate: from learning_rate down to learning_rate / num_iterations [core 4] ---
@@ -305,10 +308,10 @@ def train(args, stop_requested=lambda: False):
 
             # --- 3. advantages ---
             update_start = time.time()
-            rewards_tensor = torch.as_tensor(rewards, device=device)  # (T, N)
-            dones_tensor = torch.as_tensor(dones, device=device)
+            rewards_on_device = torch.as_tensor(rewards, device=device)  # (T, N)
+            dones_on_device = torch.as_tensor(dones, device=device)
             advantages, returns = compute_gae(
-                rewards_tensor, values, dones_tensor, next_value, args.gamma, args.gae_lambda
+                rewards_on_device, values, dones_on_device, next_value, args.gamma, args.gae_lambda
             )
 
             # --- 4. update: every epoch visits the batch in a new order, in equal minibatches [core 6] ---
@@ -332,18 +335,23 @@ def train(args, stop_requested=lambda: False):
             charts = {"learning_rate": optimizer.param_groups[0]["lr"], "updates": len(updates)}
             if args.objective == "kl-penalty":
                 charts["kl_coef"] = kl_coef.item()
-                charts["kl"] = adapt_kl_coef(kl_coef, agent, batch, args.kl_penalty_target)
+                kl = adapt_kl_coef(kl_coef, agent, batch, args.kl_penalty_target)
+                charts["kl"] = kl
 
             # --- 5. diagnostics: nothing below changes the algorithm; losses are means [ours 4] ---
+            now = time.time()
+            charts["SPS"] = (global_step - start_step) / (now - start_time)
+            charts["SPS_rollout"] = B / (update_start - rollout_start)
+            charts["SPS_update"] = B / (now - update_start)
             losses = {name: torch.stack([x[name] for x in updates]).mean().item() for name in updates[0]}
             check_finite(args, losses, agent, obs, rewards)  # [ours 5] before such weights are saved
+            losses["explained_variance"] = math.nan
+            if returns.var() > 0:
+                losses["explained_variance"] = 1 - (returns - values).var() / returns.var()
             last_iteration = iteration == num_iterations or stop_requested()
             if iteration % args.save_every == 0 or last_iteration:
                 save_checkpoint(args, iteration, agent, optimizer, envs, kl_coef)
-            unexplained = (returns - values).var() / returns.var() if returns.var() > 0 else math.nan
-            losses["explained_variance"] = 1 - unexplained
-            times = rollout_start, update_start
-            mean_return = write_log(writer, bar, charts, losses, envs, global_step, *times)
+            mean_return = write_log(writer, bar, charts, losses, envs, global_step, B)
             if last_iteration:
                 break
     return {"episodic_return": mean_return, "global_step": global_step, "run_dir": run_dir, "agent": agent}
@@ -382,19 +390,16 @@ class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
     def __init__(self, envs, args):
         super().__init__(envs)
         self.norm_reward, self.gamma = args.norm_reward, args.gamma
-        self.discounted = np.zeros(
-            self.num_envs
-        )  # (N,) rewards of each episode so far, older ones discounted
-        self.mean, self.var, self.count = 0.0, 1.0, 0.0  # of them, over all environments
+        self.discounted = np.zeros(self.num_envs)  # (N,) discounted sum of the episode's rewards so far
+        self.mean, self.var, self.count = 0.0, 1.0, 0.0  # of self.discounted, over all environments
 
     def step(self, actions):
         actions = actions.astype(self.single_action_space.dtype)
         obs, rewards, terminated, truncated, infos = super().step(actions)
         if self.norm_reward:  # [cont 8] without subtracting a mean, which would change the task
             self.discounted = self.gamma * self.discounted + rewards
-            self.mean, self.var, self.count = running_mean_var(
-                self.mean, self.var, self.count, self.discounted
-            )
+            statistics = self.mean, self.var, self.count
+            self.mean, self.var, self.count = running_mean_var(*statistics, self.discounted)
             self.discounted[terminated | truncated] = 0
             rewards = (rewards / np.sqrt(self.var + 1e-8)).clip(-10, 10)  # [cont 9]
         return obs, rewards, terminated, truncated, infos
@@ -442,10 +447,10 @@ def make_envs(args, num_envs, video_folder=None):
             render_mode="rgb_array" if video_folder else None,
         )
     except Exception as error:
-        expected = (
-            isinstance(error, gym.error.Error | ImportError) or video_folder
-        )  # renderers raise any kind
-        if not expected:
+        unforeseen = not (
+            video_folder or isinstance(error, gym.error.Error | ImportError)
+        )  # renderers raise any
+        if unforeseen or isinstance(error, UsageError):
             raise
         flags = f"--env-id {args.env_id} --capture-video" if video_folder else f"--env-id {args.env_id}"
         raise UsageError(f"{flags}: {' '.join(str(error).split())}") from error
@@ -460,8 +465,8 @@ EVALUATION = {"eval_episodes", "deterministic", "capture_video", "num_threads"}
 EVALUATE_MAY_CHANGE = EVALUATION | {"evaluate", "seed", "max_episode_steps"}
 TRACKING = {"track", "wandb_project_name", "wandb_entity"}
 RESUME_MAY_CHANGE = EVALUATION | TRACKING | {"resume", "total_timesteps", "save_every", "device", "compile"}
-FROM_1 = {"num_envs", "num_steps", "num_minibatches", "update_epochs", "hidden_sizes", "save_every"}
-LIMITS = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9)} | dict.fromkeys(FROM_1, (1, math.inf))
+COUNTS = {"num_envs", "num_steps", "num_minibatches", "update_epochs", "hidden_sizes", "save_every"}
+LIMITS = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9)} | dict.fromkeys(COUNTS, (1, math.inf))
 
 
 class UsageError(ValueError):
@@ -480,8 +485,10 @@ def check_args(args):
         flag = f"--{field.name.replace('_', '-')} {value}"
         plain = type(value) is kind or (type(value) is int and kind is float)
         require(plain, f"{flag}: use {kind.__name__}, not {type(value).__name__}")
+        numbers = value if kind is tuple else (value,)
+        require(kind is not tuple or all(type(x) is int for x in numbers), f"{flag}: use int in the tuple")
         low, high = LIMITS.get(field.name, (0, math.inf))
-        for x in value if kind is tuple else (value,):
+        for x in numbers:
             fits = kind is str or (low <= x <= high and math.isfinite(x))
             require(fits, f"{flag}: use a finite number from {low} to {high}")
         if kind is str and choices:
@@ -500,9 +507,9 @@ def check_args(args):
 def override(saved, args, defaults, may_change):
     """The saved arguments, but where args differs from defaults. UsageError for what may not change."""
     given = {name: value for name, value in vars(args).items() if value != getattr(defaults, name)}
-    for name in given.keys() - may_change:
+    for name in sorted(given.keys() - may_change):
         flag, kept = f"--{name.replace('_', '-')} {given[name]}", getattr(saved, name)
-        require(given[name] == kept, f"{flag}: the checkpoint was made with {kept}, leave this flag out")
+        require(given[name] == kept, f"{flag}: the checkpoint was made with {kept!r}, leave this flag out")
     return dataclasses.replace(saved, **given)
 
 
@@ -568,7 +575,7 @@ def restore(checkpoint, agent, optimizer, envs, kl_coef):
     """Set everything as save_checkpoint found it, except that the environments have begun new episodes."""
     agent.load_state_dict(checkpoint["agent"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    if checkpoint["kl_coef"] is not None:  # as older versions wrote it without --objective kl-penalty
+    if checkpoint.get("kl_coef") is not None:  # None, or no such key, in older checkpoints
         kl_coef.fill_(checkpoint["kl_coef"])
     envs.mean, envs.var, envs.count, *discounted = checkpoint["reward_scale"]
     envs.discounted = np.array(discounted)
@@ -587,7 +594,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
         script = checkpoint["script"]
     except Exception as error:  # torch.load does not say what a damaged file raises
-        raise UsageError(f"{name}: no checkpoint, or a damaged one ({error!r:.90})") from error
+        raise UsageError(f"{name}: no checkpoint, or a damaged one ({error!r:.200})") from error
     require(script == SCRIPT, f"{name}: written by {script}.py, use that script")
     try:
         saved = {key: value for key, value in checkpoint["args"].items() if value is not None}
@@ -597,7 +604,7 @@ def load_checkpoint(path):
         agent = Agent(gym.spaces.Box(-math.inf, math.inf, obs_shape), kind(num_actions), args)
         agent.load_state_dict(checkpoint["agent"])
     except Exception as error:  # Args or Agent have changed since
-        raise UsageError(f"{name}: does not fit Args or Agent of this script ({error!r:.90})") from error
+        raise UsageError(f"{name}: does not fit Args or Agent of this script ({error!r:.200})") from error
     return checkpoint | {"args": args, "trained": agent.eval().requires_grad_(False)}
 
 
@@ -627,14 +634,14 @@ def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=10**6, captu
                 action, *_ = agent.get_action_and_value(obs, deterministic=deterministic)
                 obs, _, _, _, infos = envs.step(action.numpy())
                 endless = envs.episode_lengths[0] > max(100_000, args.max_episode_steps)
-                require(not endless, "--evaluate: an episode does not end, use --max-episode-steps 1000")
+                require(not endless, "evaluation: an episode does not end, cut it: --max-episode-steps 1000")
             returns.append(infos["episode"]["r"][0])
     return np.array(returns)
 
 
 def check_finite(args, losses, agent, obs, rewards):
     """FloatingPointError if something that the training rests on is nan or infinite."""
-    weights = sum(x.double().sum() for x in agent.state_dict().values())
+    weights = sum(x.sum() for x in agent.state_dict().values())
     sums = losses | {"observations": obs.sum(), "rewards": rewards.sum(), "weights": weights}
     broken = [name for name, number in sums.items() if not math.isfinite(number)]
     fix = f"look at --env-id {args.env_id} or lower --learning-rate {args.learning_rate}; not saved"
@@ -661,12 +668,9 @@ def open_log(args, run_dir, global_step, device):
         yield writer, bar
 
 
-def write_log(writer, bar, charts, losses, envs, global_step, rollout_start, update_start):
+def write_log(writer, bar, charts, losses, envs, global_step, steps):
     """A point of each curve, and the progress bar; returns the mean of the last up to 100 raw returns."""
-    now, steps, mean_return = time.time(), global_step - bar.n, math.nan
-    charts["SPS"] = (global_step - bar.initial) / (now - bar.start_t)
-    charts["SPS_rollout"] = steps / (update_start - rollout_start)
-    charts["SPS_update"] = steps / (now - update_start)
+    mean_return = math.nan
     if envs.return_queue:
         charts["episodic_return"] = mean_return = float(np.mean(envs.return_queue))
         charts["episodic_length"] = np.mean(envs.length_queue)
@@ -691,8 +695,10 @@ def main():
     try:
         checkpoint = args.evaluate
         if args.evaluate:  # parse again over the saved arguments: what differs from them was typed
-            own = {name: getattr(Args, name) for name in EVALUATION | {"seed"}}
-            saved = dataclasses.replace(load_checkpoint(args.evaluate)["args"], **own)
+            at_default = {
+                name: getattr(Args, name) for name in EVALUATION | {"seed", "device", "compile", "track"}
+            }
+            saved = dataclasses.replace(load_checkpoint(args.evaluate)["args"], **at_default)
             args = override(saved, tyro.cli(Args, default=saved), saved, EVALUATE_MAY_CHANGE)
         elif args.resume:
             args = tyro.cli(Args, default=load_checkpoint(args.resume)["args"])
@@ -703,7 +709,8 @@ def main():
             signal.signal(signal.SIGTERM, on_signal)
             checkpoint = train(args, stop_requested=lambda: bool(received))["run_dir"] / "checkpoint.pt"
             if received:
-                print(f"stopped by signal {received[0]}, go on with: {command} --resume {checkpoint}")
+                path = shlex.quote(str(checkpoint))
+                print(f"stopped by signal {received[0]}, go on with: {command} --resume {path}")
                 sys.exit(128 + received[0])
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -715,10 +722,10 @@ def main():
             low, high = np.percentile(means, [2.5, 97.5])
             kind = f"{len(returns)} {'deterministic' if args.deterministic else 'sampled'} episodes"
             print(f"{returns.mean():.1f}: mean return of {kind}, 95 % interval {low:.1f} to {high:.1f}")
-        saved = load_checkpoint(checkpoint)
-        print(f"evaluate it: {command} --evaluate {checkpoint} --eval-episodes 100 --capture-video")
-        print(f"train on:    {command} --resume {checkpoint} --total-timesteps {2 * saved['global_step']}")
-        print(f"look at it:  tensorboard --logdir {saved['args'].run_dir} (and videos/ in there)")
+        saved, path = load_checkpoint(checkpoint), shlex.quote(str(checkpoint))
+        print(f"evaluate it: {command} --evaluate {path} --eval-episodes 100 --capture-video")
+        print(f"train on:    {command} --resume {path} --total-timesteps {2 * saved['global_step']}")
+        print(f"look at it:  tensorboard --logdir {shlex.quote(saved['args'].run_dir)} (and its videos/)")
     except (UsageError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's recipes, three seeds each: bash benchmark/recipes.sh [name ...]; then collect.py (see there).
+# The recipes of README.md and docs/, three seeds each: bash benchmark/recipes.sh [name ...]; then collect.py (see there).
 # SEEDS="1" takes other seeds. What was interrupted goes on, what is finished is left alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."

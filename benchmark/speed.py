@@ -1,17 +1,22 @@
 """Steps per second of the scripts, of Stable-Baselines3 at the same hyperparameters, and of the machine.
 
     pip install -r benchmark/requirements.txt
-    python benchmark/speed.py                         # writes benchmark/speed.csv and prints its table
+    python benchmark/speed.py                         # speed.csv, speed_summary.csv; prints a table
     python benchmark/speed.py --tasks cartpole --rounds 20
-    python benchmark/speed.py --growth                # --num-envs 1 to 256: benchmark/growth.csv, growth.png
-    python benchmark/speed.py --share                 # one thread, two, two runs: benchmark/threads.csv
+    python benchmark/speed.py --growth                # --num-envs 1 to 256: growth.csv
+    python benchmark/speed.py --share                 # one thread, two, two runs: threads.csv
+    python benchmark/speed.py --against ../old        # this checkout against another one: against.csv
 
 Each program is a process of its own, on the CPU, with its own start and peak of memory. After two iterations
 they take turns of some seconds, one at a time, so that whatever else the machine does hits all of them. Times
-are means over the iterations of a turn; tables show medians over rounds of turns, and of ratios in a round.
+are means over the iterations of a turn; tables show medians and quartiles over rounds of turns, and of ratios
+within a round. With no --threads, every program takes as many as it does by itself: the small networks one,
+Atari and SB3 what torch chooses; OMP_NUM_THREADS is taken out of their environment.
+
 The limit is the time that the environments take with random actions plus that of the matrix products and
 convolutions of rollout and update, and nothing else. In the parts of an iteration, SB3's environments contain
-the normalisation of observations and its policy GAE, which are in the scripts' policy and update.
+the normalisation of observations and its policy GAE, which are in the scripts' policy and update. The memory
+of `sb3 subproc` includes its worker processes; what they share counts once for each.
 """
 
 import csv
@@ -20,6 +25,7 @@ import importlib
 import importlib.metadata
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import resource
@@ -30,28 +36,30 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
+from datetime import UTC, datetime
 from pathlib import Path
 
-import tyro
-
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))  # behind what a caller has: tests point at copies
 
 # What is not said is a default of the script. iterations: of one turn
 TASKS = {
-    "cartpole": dict(script="ppo_discrete", iterations=20),
-    "halfcheetah": dict(script="ppo_continuous", iterations=2),
-    "breakout": dict(script="ppo_atari", iterations=1),
+    "cartpole": {"script": "ppo_discrete", "iterations": 20},
+    "halfcheetah": {"script": "ppo_continuous", "iterations": 2},
+    "breakout": {"script": "ppo_atari", "iterations": 1},
 }
 PROGRAMS = {  # a program that is neither sb3 nor limit is the script with these flags
-    "eager": {},
+    "eager": {"compile": False},
     "compile": {"compile": True},
     "sb3": {},
+    "sb3 1 thread": {"num_threads": 1},
+    "sb3 subproc": {},
     "limit": {},
-    "bf16": {"precision": "bf16"},
+    "bf16": {"precision": "bf16", "compile": False},
     "bf16 compile": {"precision": "bf16", "compile": True},
     "bf16 limit": {"precision": "bf16"},
 }
+ATARI_ONLY = ("sb3 subproc", "bf16", "bf16 compile", "bf16 limit")
 WARMUP = 2
 
 
@@ -62,7 +70,11 @@ class Args:
     threads: int = 0  # of torch and of the emulators, in all programs; 0: what each takes by itself
     growth: bool = False  # instead: the scripts with 1 to 256 environments
     share: bool = False  # instead: the scripts with one thread and with two, and two runs side by side
-    measure: str = ""  # one measurement, in JSON: this file starts itself with it
+    against: str = ""  # instead: the scripts of this checkout against those in this folder
+    programs: tuple[str, ...] = ("eager", "compile")  # what --against compares
+
+
+# ---------------------------------------- in a measured process ----------------------------------------
 
 
 class Clock:
@@ -70,10 +82,18 @@ class Clock:
 
     def __init__(self, job, batch):
         self.job, self.batch = job, batch
-        self.iterations, self.in_envs, self.rollout, self.first = 0, 0.0, 0.0, None
-        self.times, self.began = [], time.perf_counter()
+        self.iterations = 0
+        self.first_iteration_s = None
+        self.clear()
+
+    def clear(self):
+        self.times = []  # of the iterations of this turn
+        self.in_envs = 0.0
+        self.rollout = 0.0
+        self.began = time.perf_counter()
 
     def watch(self, envs, method="step"):
+        """Count the time in a method of envs."""
         step = getattr(envs, method)
 
         def timed(*args):
@@ -88,62 +108,83 @@ class Clock:
     def rollout_ended(self, now):
         self.rollout += now - self.began
 
-    def end(self):
+    def iteration_ended(self):
         now = time.perf_counter()
-        self.iterations += 1
-        self.first = self.first or round(time.time() - self.job["born"], 2)
         self.times.append(now - self.began)
+        self.began = now
+        self.iterations += 1
+        if self.iterations == 1:
+            self.first_iteration_s = time.time() - self.job["born"]
+        warm = self.iterations == WARMUP
+        full = self.iterations > WARMUP and len(self.times) == self.job["iterations"]
+        if warm or full:
+            self.tell()
+            self.clear()
+
+    def tell(self):
+        """Report a turn and wait for the next one."""
         count = len(self.times)
-        if self.iterations == WARMUP or (self.iterations > WARMUP and count == self.job["iterations"]):
-            row = {"sps": count * self.batch / sum(self.times), "environment_ms": 1e3 * self.in_envs / count}
-            row["policy_ms"] = 1e3 * (self.rollout - self.in_envs) / count
-            row["update_ms"] = 1e3 * (sum(self.times) - self.rollout) / count
-            tell(row | {"first_iteration_s": self.first})
-            self.times, self.in_envs, self.rollout = [], 0.0, 0.0
-        self.began = time.perf_counter()
+        row = {
+            "sps": count * self.batch / sum(self.times),
+            "environment_ms": 1e3 * self.in_envs / count,
+            "policy_ms": 1e3 * (self.rollout - self.in_envs) / count,
+            "update_ms": 1e3 * (sum(self.times) - self.rollout) / count,
+            "first_iteration_s": self.first_iteration_s,
+            "peak_mb": peak_mb(),
+            "threads": sys.modules["torch"].get_num_threads(),
+        }
+        print(json.dumps({key: round(value, 2) for key, value in row.items()}), flush=True)
+        if not sys.stdin.readline():  # the parent has seen enough
+            for child in multiprocessing.active_children():
+                child.terminate()
+            os._exit(0)
 
 
-def tell(row):
-    """Report a turn and wait for the next one."""
-    row["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({key: round(value, 2) for key, value in row.items()}), flush=True)
-    if not sys.stdin.readline():  # the parent has seen enough
-        os._exit(0)
+def peak_mb():
+    """Of this process and its children, so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    for child in multiprocessing.active_children():
+        status = Path(f"/proc/{child.pid}/status")
+        if status.exists():
+            peak += int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
+    return peak
 
 
 def measure_ours(script, args, job):
-    """train() as it is; the clock reads what it logs."""
+    """train() as it is; the clock reads what it logs, which older checkouts log, too."""
     clock = Clock(job, args.num_envs * args.num_steps)
 
     class Writer(script.SummaryWriter):
         def add_scalar(self, key, value, step):
-            now = time.perf_counter()
             super().add_scalar(key, value, step)
-            if key == "charts/SPS_update":  # the update ended just now: subtract what it took
-                clock.rollout_ended(now - clock.batch / value)
-            if key == "losses/explained_variance":  # the last of an iteration
-                clock.end()
+            if key == "charts/SPS_update":  # once per iteration, right after the update ended
+                clock.rollout_ended(time.perf_counter() - clock.batch / value)
+                clock.iteration_ended()
 
     make_envs, script.SummaryWriter = script.make_envs, Writer
     script.make_envs = lambda *args: clock.watch(make_envs(*args))
     script.train(args)
 
 
-def measure_sb3(args, job):
-    """SB3's PPO, told to do what the script does by default."""
+def measure_sb3(job):
+    """SB3's PPO, told to do what the script does by default. The script itself is not imported."""
     import gymnasium
     import stable_baselines3 as sb3
     import torch
     from stable_baselines3.common import callbacks, env_util, vec_env
 
-    if hasattr(args, "precision"):
-        envs = env_util.make_atari_env(args.env_id, args.num_envs, seed=1)
-        envs, policy = vec_env.VecFrameStack(envs, 4), "CnnPolicy"
-        kwargs = {}
+    args = types.SimpleNamespace(**job["hyperparameters"])
+    torch.set_num_threads(job["flags"].get("num_threads", 0) or torch.get_num_threads())
+    if job["task"] == "breakout":
+        kind = vec_env.SubprocVecEnv if "subproc" in job["program"] else vec_env.DummyVecEnv
+        env_id = f"ale_py:{args.env_id}"  # imports ale_py, which registers it, in workers as well
+        envs = env_util.make_atari_env(env_id, args.num_envs, seed=1, vec_env_cls=kind)
+        envs = vec_env.VecFrameStack(envs, 4)
+        policy, kwargs = "CnnPolicy", {}
     else:
         envs = vec_env.DummyVecEnv([lambda: env_util.Monitor(gymnasium.make(args.env_id))] * args.num_envs)
         policy = "MlpPolicy"
-        kwargs = dict(net_arch=list(args.hidden_sizes), activation_fn=torch.nn.Tanh)
+        kwargs = {"net_arch": list(args.hidden_sizes), "activation_fn": torch.nn.Tanh}
         if args.norm_obs:
             envs = vec_env.VecNormalize(envs, gamma=args.gamma)
     clock = Clock(job, args.num_steps * args.num_envs)
@@ -151,7 +192,7 @@ def measure_sb3(args, job):
     class Callback(callbacks.BaseCallback):
         def _on_rollout_start(self):
             if self.num_timesteps:  # the first one starts before anything was trained
-                clock.end()
+                clock.iteration_ended()
 
         def _on_rollout_end(self):
             clock.rollout_ended(time.perf_counter())
@@ -169,7 +210,7 @@ def measure_sb3(args, job):
         gamma=args.gamma,
         gae_lambda=args.gae_lambda,
         clip_range=args.clip_coef,
-        clip_range_vf=args.clip_coef,
+        clip_range_vf=args.clip_coef if args.clip_vloss else None,
         ent_coef=args.ent_coef,
         vf_coef=args.vf_coef / 2,  # SB3's value loss lacks the factor 1/2
         max_grad_norm=args.max_grad_norm,
@@ -218,12 +259,11 @@ def products(torch, agent, obs):
 def measure_limit(script, args, job):
     """Environments alone, and products and convolutions alone, each as often as an iteration needs them."""
     torch, envs = script.torch, script.make_envs(args, args.num_envs)
-    bare, space = envs.unwrapped, envs.single_action_space  # without our statistics of rewards
+    bare = envs.unwrapped  # without our statistics of rewards
     obs = torch.tensor(bare.reset(seed=1)[0])
     bare.action_space.seed(1)
     actions = [bare.action_space.sample() for _ in range(args.num_steps)]
-    outputs = space.n.item() if hasattr(space, "n") else space.shape[0]
-    agent = script.Agent(obs.shape[1:], outputs, args)
+    agent = script.Agent(envs.single_observation_space, envs.single_action_space, args)
     batch = args.num_steps * args.num_envs
     minibatch = obs[torch.arange(batch // args.num_minibatches) % len(obs)]
     act, (forward, backward) = products(torch, agent, obs)[0], products(torch, agent, minibatch)
@@ -237,34 +277,50 @@ def measure_limit(script, args, job):
         for _ in range(args.update_epochs * args.num_minibatches):
             forward()
             backward()
-        clock.end()
+        clock.iteration_ended()
 
 
 def measure(job):
     """What a child process does: turns of one program, until nobody asks for another."""
+    if job["program"].startswith("sb3"):
+        measure_sb3(job)
+        return
+    sys.path.insert(0, job["scripts"])
     script = importlib.import_module(TASKS[job["task"]]["script"])
-    args = script.Args(run_dir=f"{job['folder']}/run", device="cpu", **job["flags"])
-    threads = job["flags"].get("num_threads", 0) if job["program"] == "sb3" else args.num_threads
-    script.torch.set_num_threads(threads or script.torch.get_num_threads())
-    if job["program"] == "sb3":
-        measure_sb3(args, job)
-    elif "limit" in job["program"]:
+    args = script.Args(run_dir=f"{job['folder']}/run", **job["flags"])
+    script.torch.set_num_threads(args.num_threads or script.torch.get_num_threads())
+    if "limit" in job["program"]:
         measure_limit(script, args, job)
     else:
         measure_ours(script, args, job)
 
 
-def start(task, program, flags, iterations):
-    """A process with the program, past its warm-up."""
-    job = dict(task=task, program=program, flags=flags, iterations=iterations, born=time.time())
+# ---------------------------------------- in the parent ----------------------------------------
+
+
+def start(task, program, flags, iterations, scripts=HERE.parent):
+    """A process with the program, past its warm-up. scripts: the folder that holds them."""
+    flags = flags | {"device": "cpu", "total_timesteps": 10**9}  # it runs until it is stopped
+    job = {"task": task, "program": program, "flags": flags, "iterations": iterations}
+    job["scripts"] = str(Path(scripts).resolve())
+    if program.startswith("sb3"):
+        job["hyperparameters"] = defaults_of(TASKS[task]["script"]) | flags
     job["folder"] = tempfile.mkdtemp()
+    job["born"] = time.time()
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     command = [sys.executable, __file__, "--measure", json.dumps(job)]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    process = subprocess.Popen(command, **pipes, text=True, env=environment)
     process.folder = job["folder"]
     read(process)
     return process
+
+
+def defaults_of(name):
+    """The defaults of a script, as a dict."""
+    if str(HERE.parent) not in sys.path:
+        sys.path.append(str(HERE.parent))
+    return dataclasses.asdict(importlib.import_module(name).Args())
 
 
 def read(process):
@@ -286,86 +342,149 @@ def stop(process):
     shutil.rmtree(process.folder)
 
 
+def flags_of(args, program):
+    """The program's flags, and the threads that were asked for."""
+    flags = {"num_threads": args.threads} if args.threads > 0 else {}
+    return flags | PROGRAMS[program]
+
+
+def commit_of(folder):
+    """Short hash of a checkout, marked if its scripts have been changed since; empty if it is none."""
+    git = ["git", "-C", str(folder)]
+    found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "status", "--porcelain", "ppo_*.py"], capture_output=True, text=True)
+    return found.stdout.strip() + ("-changed" if changed.stdout else "")
+
+
 def machine():
     """What numbers depend on."""
-    names = "torch gymnasium ale-py mujoco numpy stable-baselines3".split()
+    names = ["torch", "gymnasium", "ale-py", "mujoco", "numpy", "stable-baselines3"]
     info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((x.split(":")[1].strip() for x in info if x.startswith("model name")), platform.processor())
     versions = " ".join(f"{name}={importlib.metadata.version(name)}" for name in names)
     return {"cpu": cpu, "cores": len([x for x in info if x.startswith("processor")]), "versions": versions}
 
 
-def save(name, rows, tasks):
+def save(name, rows):
     """Write rows to a CSV file of this folder, in place of older ones of the same tasks; return all."""
-    path, rows = HERE / name, [row | machine() for row in rows]
+    tasks = {row["task"] for row in rows}
+    made = {"commit": commit_of(HERE.parent), "date": datetime.now(UTC).date().isoformat()}
+    path, rows = HERE / name, [row | machine() | made for row in rows]
     if path.exists():
         rows += [row for row in csv.DictReader(path.open(newline="")) if row["task"] not in tasks]
     rows.sort(key=lambda row: list(TASKS).index(row["task"]))
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row), restval="")
         writer.writeheader()
         writer.writerows(rows)
     return rows
 
 
+def quartiles(numbers):
+    """First quartile, median, third quartile."""
+    numbers = [float(x) for x in numbers]
+    return statistics.quantiles(numbers, n=4, method="inclusive") if len(numbers) > 1 else numbers * 3
+
+
+def with_quartiles(key, numbers, digits=2):
+    """Columns for the median and the quartiles."""
+    low, middle, high = (round(x, digits) for x in quartiles(numbers))
+    return {key: middle, f"{key}_q1": low, f"{key}_q3": high}
+
+
 def compare(args):
     rows = []
     for task in args.tasks:
-        flags = {"num_threads": args.threads} if args.threads else {}
-        chosen = {k: v | flags for k, v in PROGRAMS.items() if task == "breakout" or "bf16" not in k}
-        processes = {k: start(task, k, v, TASKS[task]["iterations"]) for k, v in chosen.items()}
+        chosen = [x for x in PROGRAMS if task == "breakout" or x not in ATARI_ONLY]
+        iterations = TASKS[task]["iterations"]
+        processes = {x: start(task, x, flags_of(args, x), iterations) for x in chosen}
         for number in range(args.rounds):
-            order = list(processes)  # of a round: each one starts with another program
-            turns = {
-                x: turn(processes[x]) for x in order[number % len(order) :] + order[: number % len(order)]
-            }
-            for program in order:
+            first = number % len(chosen)  # each round starts with another program
+            turns = {x: turn(processes[x]) for x in chosen[first:] + chosen[:first]}
+            for program in chosen:
                 rows.append({"task": task, "program": program, "round": number + 1} | turns[program])
                 print(*rows[-1].values(), flush=True)
         for process in processes.values():
             stop(process)
-    print("\n".join(table(save("speed.csv", rows, args.tasks))))
+        save("speed.csv", rows)
+        summary = save("speed_summary.csv", summarise(rows))
+    print("\n".join(table(summary)))
 
 
-def table(rows):
-    """Lines of Markdown: medians over the rounds; ratios are medians of the ratios within a round."""
-    lines = [
-        "| task | program | steps/s | x SB3 | environments | policy | update | memory | first iteration |"
-    ]
-    lines.append("| --- " * 9 + "|")
+def summarise(rows):
+    """Medians and quartiles over the rounds; x_sb3 is the ratio to sb3 within a round."""
     sb3 = {(row["task"], str(row["round"])): float(row["sps"]) for row in rows if row["program"] == "sb3"}
+    summary = []
     for task, program in dict.fromkeys((row["task"], row["program"]) for row in rows):
         mine = [row for row in rows if (row["task"], row["program"]) == (task, program)]
-        ratio = statistics.median(float(row["sps"]) / sb3[task, str(row["round"])] for row in mine)
-        keys = "sps environment_ms policy_ms update_ms peak_mb first_iteration_s".split()
-        sps, *times, memory, first = (statistics.median(float(row[key]) for row in mine) for key in keys)
-        cells = [task, program, f"{sps:,.0f}", f"{ratio:.2f}", *(f"{x:.0f} ms" for x in times)]
-        lines.append("| " + " | ".join([*cells, f"{memory:.0f} MB", f"{first:.1f} s"]) + " |")
+        columns = {"task": task, "program": program, "rounds": len(mine)}
+        columns |= with_quartiles("sps", [row["sps"] for row in mine])
+        columns |= with_quartiles("x_sb3", [float(x["sps"]) / sb3[task, str(x["round"])] for x in mine], 3)
+        for key in ("environment_ms", "policy_ms", "update_ms"):
+            columns |= with_quartiles(key, [row[key] for row in mine])
+        for key in ("peak_mb", "first_iteration_s"):  # one start: no spread
+            columns[key] = quartiles(row[key] for row in mine)[1]
+        columns["threads"] = mine[0].get("threads", "")
+        summary.append(columns)
+    return summary
+
+
+def table(summary):
+    """Lines of Markdown."""
+    lines = [
+        "| task | program | steps/s (quartiles) | x SB3 (quartiles) | environments | policy | update "
+        "| memory | first iteration | threads |",
+        "| --- " * 10 + "|",
+    ]
+    for row in summary:
+        x = {key: float(value) for key, value in row.items() if key.endswith(("ms", "mb", "_s", "q1", "q3"))}
+        cells = [
+            f"{row['task']} | {row['program']}",
+            f"{float(row['sps']):,.0f} ({x['sps_q1']:,.0f} to {x['sps_q3']:,.0f})",
+            f"{float(row['x_sb3']):.2f} ({x['x_sb3_q1']:.2f} to {x['x_sb3_q3']:.2f})",
+            f"{x['environment_ms']:.0f} ms | {x['policy_ms']:.0f} ms | {x['update_ms']:.0f} ms",
+            f"{x['peak_mb']:.0f} MB | {x['first_iteration_s']:.1f} s | {row['threads']}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def growth_table(rows):
-    """Lines of Markdown: steps per second, and megabytes, of each task by number of environments."""
-    numbers = list(dict.fromkeys(row["num_envs"] for row in rows))
-    lines = [f"| `--num-envs` | {' | '.join(map(str, numbers))} |", "| --- " * (1 + len(numbers)) + "|"]
-    for key, unit in ("sps", "steps/s"), ("peak_mb", "MB"):
-        for task in dict.fromkeys(row["task"] for row in rows):
-            cells = [f"{float(row[key]):,.0f}" for row in rows if row["task"] == task]
-            lines.append(f"| {task}, {unit} | {' | '.join(cells)} |")
-    return lines
+def compare_against(args):
+    """Both checkouts in turns, whose order alternates, so that a drift of the machine cancels."""
+    folders = {"new": HERE.parent, "old": Path(args.against)}
+    rows = []
+    for task, program in itertools.product(args.tasks, args.programs):
+        if task != "breakout" and program in ATARI_ONLY:
+            continue
+        flags, iterations = flags_of(args, program), TASKS[task]["iterations"]
+        processes = {x: start(task, program, flags, iterations, folders[x]) for x in folders}
+        for number in range(args.rounds):
+            order = ("new", "old") if number % 2 == 0 else ("old", "new")
+            turns = {x: turn(processes[x]) for x in order}
+            row = {"task": task, "program": program, "round": number + 1}
+            row["ratio"] = round(turns["new"]["sps"] / turns["old"]["sps"], 4)
+            for key in ("sps", "environment_ms", "policy_ms", "update_ms", "peak_mb", "first_iteration_s"):
+                row |= {f"{key}_{x}": turns[x][key] for x in folders}
+            row["threads"] = turns["new"]["threads"]
+            row["commit_old"] = commit_of(args.against)
+            rows.append(row)
+            print(*list(row.values())[:6], flush=True)
+        for process in processes.values():
+            stop(process)
+        save("against.csv", rows)
+    print("\n".join(against_table(rows)))
 
 
-def share_table(rows):
-    """Lines of Markdown: medians over rounds, relative to one run with one thread."""
-    keys = ("one thread", "two threads", "two runs")
-    lines = ["| at once | one run, one thread | one run, two threads | two runs, one thread each |"]
-    lines.append("| --- " * 4 + "|")
-    for task in dict.fromkeys(row["task"] for row in rows):
-        mine = [row for row in rows if row["task"] == task]
-        cells = [f"{statistics.median(float(x['one thread']) for x in mine):,.0f} steps/s"]
-        for key in keys[1:]:
-            cells.append(f"x {statistics.median(float(x[key]) / float(x['one thread']) for x in mine):.2f}")
-        lines.append(f"| {task} | {' | '.join(cells)} |")
+def against_table(rows):
+    """Lines of Markdown: steps per second of both, and new / old: its median, quartiles and every round."""
+    lines = ["| task | program | old | new | new / old (quartiles) | every round |", "| --- " * 6 + "|"]
+    for task, program in dict.fromkeys((row["task"], row["program"]) for row in rows):
+        mine = [row for row in rows if (row["task"], row["program"]) == (task, program)]
+        old, new = (quartiles(row[key] for row in mine)[1] for key in ("sps_old", "sps_new"))
+        low, middle, high = quartiles(row["ratio"] for row in mine)
+        ratios = " ".join(f"{row['ratio']:.3f}" for row in mine)
+        cells = [task, program, f"{old:,.0f}", f"{new:,.0f}", f"{middle:.3f} ({low:.3f} to {high:.3f})"]
+        lines.append(f"| {' | '.join([*cells, ratios])} |")
     return lines
 
 
@@ -373,61 +492,58 @@ def grow(args):
     """Few steps per environment, since 256 environments with a whole rollout each would fill minutes."""
     rows = []
     for task, number in itertools.product(args.tasks, (1, 2, 4, 8, 16, 32, 64, 128, 256)):
-        flags = {"num_envs": number, "num_steps": 32 if task == "breakout" else 128}
-        flags |= {"precision": "bf16"} if task == "breakout" else {}
-        flags |= {"num_threads": args.threads} if args.threads else {}
+        flags = flags_of(args, "bf16" if task == "breakout" else "eager")
+        flags |= {"num_envs": number, "num_steps": 32 if task == "breakout" else 128}
         process = start(task, "eager", flags, max(1, 32 // number))
         turns = [turn(process) for _ in range(3 if number < 64 else 1)]
         stop(process)
-        row = {key: statistics.median(x[key] for x in turns) for key in turns[0]}
-        rows.append({"task": task, "num_envs": number} | row)
-        print(*rows[-1].values(), flush=True)
-    draw(save("growth.csv", rows, args.tasks), HERE / "growth.png")
+        row = {"task": task, "num_envs": number} | with_quartiles("sps", [x["sps"] for x in turns])
+        row |= {key: quartiles(x[key] for x in turns)[1] for key in turns[0] if key != "sps"}
+        rows.append(row)
+        print(*row.values(), flush=True)
+        save("growth.csv", rows)
+    print("now draw docs/images/growth.png: python benchmark/collect.py")
 
 
 def share(args):
     """Steps/s of a run with one thread, of one with two, and of two at once with one thread each."""
     rows = []
     for task in args.tasks:
-        flags, iterations = {"precision": "bf16"} if task == "breakout" else {}, TASKS[task]["iterations"]
-        one, other, wide = (start(task, "eager", flags | {"num_threads": n}, iterations) for n in (1, 1, 2))
+        program, iterations = "bf16" if task == "breakout" else "eager", TASKS[task]["iterations"]
+        one, other, wide = (
+            start(task, program, PROGRAMS[program] | {"num_threads": threads}, iterations)
+            for threads in (1, 1, 2)
+        )
         for number in range(args.rounds):
             row = {"task": task, "round": number + 1, "one thread": turn(one)["sps"]}
             row["two threads"] = turn(wide)["sps"]
             for process in (one, other):
                 print("go", file=process.stdin, flush=True)
-            row["two runs"] = 2 * min(
-                read(process)["sps"] for process in (one, other)
-            )  # all by the last one's end
+            slower = min(read(process)["sps"] for process in (one, other))
+            row["two runs"] = 2 * slower  # all of it is done when the slower one has ended
             rows.append(row)
             print(*row.values(), flush=True)
         for process in (one, other, wide):
             stop(process)
-    save("threads.csv", rows, args.tasks)
+        save("threads.csv", rows)
 
 
-def draw(rows, path):
-    import matplotlib.pyplot as plt
+def main():
+    import tyro  # not above: it is not part of what is measured
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for axis, key, label in zip(
-        axes, ("sps", "peak_mb"), ("steps per second", "peak memory, MB"), strict=True
-    ):
-        for task in dict.fromkeys(row["task"] for row in rows):
-            mine = [row for row in rows if row["task"] == task]
-            axis.plot([int(x["num_envs"]) for x in mine], [float(x[key]) for x in mine], "o-", label=task)
-        axis.set(xscale="log", yscale="log", xlabel="--num-envs", ylabel=label)
-        axis.set_xticks([1, 4, 16, 64, 256], ["1", "4", "16", "64", "256"])
-        ticks = (100, 1_000, 10_000, 100_000) if key == "sps" else (300, 600, 1_200, 2_400)
-        axis.set_yticks(ticks, [f"{x:,}" for x in ticks])
-        axis.minorticks_off()
-        axis.legend()
-    figure.savefig(path, dpi=80)
+    args = tyro.cli(Args)
+    if args.against:
+        compare_against(args)
+    elif args.growth:
+        grow(args)
+    elif args.share:
+        share(args)
+    else:
+        compare(args)
 
 
 if __name__ == "__main__":
-    chosen = tyro.cli(Args)
-    if chosen.measure:
-        measure(json.loads(chosen.measure))
+    if sys.argv[1:2] == ["--measure"]:  # this file starts itself with it
+        measure(json.loads(sys.argv[2]))
     else:
-        (grow if chosen.growth else share if chosen.share else compare)(chosen)
+        main()

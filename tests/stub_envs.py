@@ -311,8 +311,8 @@ STUBS |= {name: (Observe, {"space": space}) for name, space in SPACES.items()}
 gym.register("Branches-v0", entry_point=Branches, kwargs={"space": gym.spaces.MultiDiscrete([3, 1, 4])})
 BYTES = Box(0, 255, (2,), np.uint8)
 gym.register("Bytes-v0", entry_point=Branches, kwargs={"space": BYTES})
-FROM_1 = gym.spaces.MultiDiscrete([3, 2], start=[0, 1])
-gym.register("BranchesFrom1-v0", entry_point=Branches, kwargs={"space": FROM_1})
+COUNTS = gym.spaces.MultiDiscrete([3, 2], start=[0, 1])
+gym.register("BranchesFrom1-v0", entry_point=Branches, kwargs={"space": COUNTS})
 for name, (stub, kwargs) in STUBS.items():
     for suffix, box in ("", False), ("Box", True):
         gym.register(f"{name}{suffix}-v0", entry_point=stub, kwargs=kwargs | {"box": box})

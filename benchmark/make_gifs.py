@@ -1,0 +1,131 @@
+"""Film trained agents: short loops as docs/images/cartpole.gif, halfcheetah.gif and breakout.gif.
+
+    pip install -r benchmark/requirements.txt
+    python benchmark/make_gifs.py benchmark/runs/cartpole-1 benchmark/runs/breakout-fp32-1
+    python benchmark/make_gifs.py benchmark/runs/default-halfcheetah-{1,2,3}
+
+Each argument is a run directory or a checkpoint.pt. Agents take deterministic actions in episodes with seeds
+that training never used. Of several runs of one script the one with the highest mean return is filmed, in the
+episode that is its median: halfcheetah.gif shows the best of seeds 1, 2 and 3. The runs are not written to.
+"""
+
+import importlib
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import gymnasium
+import imageio.v3 as iio
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+IMAGES = HERE.parent / "docs" / "images"
+HEIGHT = 240  # pixels of each picture
+MOST_BYTES = 1_500_000
+BRICKS = slice(57, 93)  # rows of Breakout's screen, 210 in all
+
+
+def best_loop(frames, length):
+    """Index of the first frame of a loop: the jump from its last frame back is small against its motion."""
+    small = np.stack([np.asarray(Image.fromarray(x).convert("L").resize((48, 48))) for x in frames])
+    small = small.astype(np.float32)
+    motion = np.abs(np.diff(small, axis=0)).mean((1, 2))  # from each frame to the next
+    starts = range(len(frames) // 10, len(frames) - length)  # not the first moments
+    ratios = [
+        np.abs(small[start + length] - small[start]).mean() / (motion[start : start + length].mean() + 0.1)
+        for start in starts
+    ]
+    return starts[int(np.argmin(ratios))]
+
+
+def most_bricks(frames, length):
+    """Index of the first frame of the excerpt of Breakout in which most bricks fall."""
+    bricks = (frames[:, BRICKS].max(-1) > 60).sum((1, 2))  # coloured pixels
+    starts = range(len(frames) - length)
+    return max(starts, key=lambda start: int(bricks[start]) - int(bricks[start + length]))
+
+
+# every: which frames of the video are kept, to save bytes; the speed stays that of the video
+WHOLE = (slice(None), slice(None))
+MIDDLE = (slice(100, 340), slice(120, 480))  # of 400 rows and 600 columns, which are mostly empty
+GIFS = {
+    "ppo_discrete": {"name": "cartpole", "seconds": 4, "every": 2, "excerpt": best_loop, "crop": MIDDLE},
+    "ppo_continuous": {"name": "halfcheetah", "seconds": 3, "every": 1, "excerpt": best_loop, "crop": WHOLE},
+    "ppo_atari": {"name": "breakout", "seconds": 10, "every": 1, "excerpt": most_bricks, "crop": WHOLE},
+}
+
+
+def film(checkpoint, script, seed):
+    """The frames of one episode, (F, height, width, 3), and how many are shown in a second."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(checkpoint, folder)  # videos are written beside a checkpoint
+        script.evaluate(folder, 1, deterministic=True, seed=seed, capture_video=True)
+        video = next(Path(folder).rglob("*.mp4"))
+        return iio.imread(video, plugin="FFMPEG"), iio.immeta(video, plugin="FFMPEG")["fps"]
+
+
+def write_gif(frames, milliseconds, path):
+    """All pictures share one palette, so that still parts do not flicker; fewer colours until it is small."""
+    width = round(frames.shape[2] * HEIGHT / frames.shape[1])
+    pictures = [Image.fromarray(frame).resize((width, HEIGHT), Image.Resampling.LANCZOS) for frame in frames]
+    sample = Image.new("RGB", (width, 8 * HEIGHT))  # eight pictures one below the other, for the palette
+    for i in range(8):
+        sample.paste(pictures[i * len(pictures) // 8], (0, i * HEIGHT))
+    for colours in (128, 64, 32, 16):
+        palette = sample.quantize(colours)
+        paletted = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+        options = {"save_all": True, "append_images": paletted[1:], "loop": 0, "optimize": False}
+        paletted[0].save(path, duration=milliseconds, **options)
+        if path.stat().st_size <= MOST_BYTES:
+            break
+    kilobytes = path.stat().st_size // 1000
+    print(f"{path.name}: {len(pictures)} pictures of {width} x {HEIGHT}, {colours} colours, {kilobytes} kB")
+
+
+def main(runs: tyro.conf.Positional[tuple[Path, ...]], episodes: int = 5):
+    """Write a gif for each script among the runs.
+
+    Args:
+        runs: run directories or checkpoints.
+        episodes: to choose from.
+    """
+    sys.path.append(str(HERE.parent))  # for the scripts
+    os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")  # needs no display
+    torch.set_num_threads(1)
+    seeds = range(1_000_001, 1_000_001 + episodes)
+    best = {}  # name of the script: (mean return, checkpoint, return per seed)
+    for run in runs:
+        checkpoint = run / "checkpoint.pt" if run.is_dir() else run
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        name = saved["script"]
+        script = importlib.import_module(name)
+        if name == "ppo_continuous":  # a camera that runs along; the one by default stands still
+            camera = {"camera_name": "track", "width": 360, "height": 240}
+            gymnasium.spec(saved["args"]["env_id"]).kwargs.update(camera)
+        returns = [float(script.evaluate(checkpoint, 1, True, seed)[0]) for seed in seeds]
+        mean = statistics.mean(returns)
+        print(f"{run}: returns {', '.join(f'{x:.1f}' for x in returns)}")
+        if name not in best or mean > best[name][0]:
+            best[name] = (mean, checkpoint, returns)
+
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    for name, (_, checkpoint, returns) in best.items():
+        gif = GIFS[name]
+        median = statistics.median_high(returns)
+        seed = seeds[returns.index(median)]
+        print(f"{gif['name']}.gif: {checkpoint}, seed {seed}, return {median:.1f}")
+        frames, fps = film(checkpoint, importlib.import_module(name), seed)
+        length = min(round(gif["seconds"] * fps), len(frames) - 2)
+        start = gif["excerpt"](frames, length)
+        excerpt = frames[start : start + length : gif["every"], *gif["crop"]]
+        write_gif(excerpt, round(1000 * gif["every"] / fps), IMAGES / f"{gif['name']}.gif")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,273 @@
+"""Write what is measured and where things stand into README.md and docs/*.md: python benchmark/update_docs.py
+
+It fills
+- the cells of tables whose first column is `recipe`, from results.csv (and `minutes` from speed.csv);
+- comments `# <recipe>: ...` behind commands in blocks of code, from the same files;
+- the tables marked <!-- speed -->, <!-- growth --> and <!-- threads -->, from the file of that name;
+- the column `where` of tables whose first column is `tag`, from the scripts themselves.
+All else stays as it is; a second run changes nothing. tests/test_docs.py fails while a page is out of date.
+"""
+
+import ast
+import csv
+import functools
+import re
+import statistics
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ("discrete", "continuous", "atari")
+NOT_MEASURED = "not measured"
+TAG = re.compile(r"\[((?:core|cont|atari|ours) \d+)\]")
+# the row of speed.csv that tells how long a recipe takes
+PROGRAMS = {
+    "cartpole": ("cartpole", "eager"),
+    "default-halfcheetah": ("halfcheetah", "eager"),
+    "breakout": ("breakout", "bf16"),
+    "breakout-fp32": ("breakout", "eager"),
+}
+
+
+@functools.cache
+def rows_of(name):
+    """The rows of benchmark/<name>.csv."""
+    with (ROOT / "benchmark" / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def markdown(*rows):
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def rule(columns):
+    return ["---"] * columns
+
+
+# --- results ---
+
+
+def number(x, like=None):
+    """With a decimal below 1000; like: the number whose decimals it takes."""
+    return f"{x:.1f}" if abs(x if like is None else like) < 1000 else f"{x:.0f}"
+
+
+def mean_and_spread(numbers):
+    """`500.0 ± 0.0`: mean and sample standard deviation over seeds; a single seed has no spread."""
+    if not numbers:
+        return NOT_MEASURED
+    mean = statistics.mean(numbers)
+    if len(numbers) == 1:
+        return f"{number(mean)} (one seed)"
+    return f"{number(mean)} ± {number(statistics.stdev(numbers), like=mean)}"
+
+
+def each(numbers):
+    return ", ".join(number(x) for x in numbers) if numbers else NOT_MEASURED
+
+
+def both(numbers):
+    """Mean and spread, and below them what they are made of."""
+    if len(numbers) < 2:
+        return mean_and_spread(numbers)
+    return f"{mean_and_spread(numbers)}<br>{each(numbers)}"
+
+
+def minutes(recipe, steps):
+    """Steps over the median speed of speed.csv."""
+    speeds = [float(r["sps"]) for r in rows_of("speed") if (r["task"], r["program"]) == PROGRAMS.get(recipe)]
+    if not speeds or not steps:
+        return NOT_MEASURED
+    return str(max(1, round(steps / statistics.median(speeds) / 60)))
+
+
+def cells_of(recipe):
+    """{header of a column: its cell in the row of the recipe}."""
+    runs = [row for row in rows_of("results") if row["recipe"] == recipe]
+    runs.sort(key=lambda row: int(row["seed"]))
+    numbers = {
+        key: [float(run[key]) for run in runs if run[key]]
+        for key in ("last_100_returns", "evaluated_mean", "deterministic_mean")
+    }
+    steps = int(runs[0]["steps"]) if runs else 0
+    return {
+        "steps": f"{steps:,}" if steps else NOT_MEASURED,
+        "return": mean_and_spread(numbers["last_100_returns"]),
+        "each seed": each(numbers["last_100_returns"]),
+        "training": both(numbers["last_100_returns"]),
+        "sampled": both(numbers["evaluated_mean"]),
+        "deterministic": both(numbers["deterministic_mean"]),
+        "minutes": minutes(recipe, steps),
+    }
+
+
+def comment_of(recipe):
+    cells = cells_of(recipe)
+    unit = "minute" if cells["minutes"] == "1" else "minutes"
+    return f"# {recipe}: {cells['minutes']} {unit}, return {cells['return']}"
+
+
+# --- speed ---
+
+
+def quartiles(numbers):
+    """Median and, in brackets, quartiles."""
+    if len(numbers) < 2:
+        return f"{numbers[0]:.2f}"
+    low, middle, high = statistics.quantiles(numbers, n=4, method="inclusive")
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def speed_table():
+    """Medians over rounds; ratios are taken within a round."""
+    rows = rows_of("speed")
+    header = ["task", "program", "steps/s", "x SB3", "environments", "policy", "update"]
+    header += ["memory", "first iteration"]
+    table = [header, rule(len(header))]
+    sb3 = {(row["task"], row["round"]): float(row["sps"]) for row in rows if row["program"] == "sb3"}
+    for task, program in dict.fromkeys((row["task"], row["program"]) for row in rows):
+        mine = [row for row in rows if (row["task"], row["program"]) == (task, program)]
+        ratios = [float(row["sps"]) / sb3[task, row["round"]] for row in mine if (task, row["round"]) in sb3]
+        keys = ("sps", "environment_ms", "policy_ms", "update_ms", "peak_mb", "first_iteration_s")
+        sps, *times, memory, first = (statistics.median(float(row[key]) for row in mine) for key in keys)
+        table.append(
+            [
+                task,
+                program,
+                f"{sps:,.0f}",
+                quartiles(ratios) if ratios else NOT_MEASURED,
+                *(f"{x:,.0f} ms" for x in times),
+                f"{memory:,.0f} MB",
+                f"{first:.1f} s",
+            ]
+        )
+    return markdown(*table)
+
+
+def growth_table():
+    """Steps per second and memory of each task, by number of environments."""
+    rows = rows_of("growth")
+    numbers = list(dict.fromkeys(row["num_envs"] for row in rows))
+    table = [["`--num-envs`", *numbers], rule(1 + len(numbers))]
+    for key, unit in (("sps", "steps/s"), ("peak_mb", "MB")):
+        for task in dict.fromkeys(row["task"] for row in rows):
+            found = {row["num_envs"]: f"{float(row[key]):,.0f}" for row in rows if row["task"] == task}
+            table.append([f"{task}, {unit}", *(found.get(x, NOT_MEASURED) for x in numbers)])
+    return markdown(*table)
+
+
+def threads_table():
+    """Medians over rounds; ratios to one run with one thread are taken within a round."""
+    rows = rows_of("threads")
+    header = ["at once", "one run, one thread", "one run, two threads", "two runs, one thread each"]
+    table = [header, rule(len(header))]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        mine = [row for row in rows if row["task"] == task]
+        one = [float(row["one thread"]) for row in mine]
+        cells = [f"{statistics.median(one):,.0f} steps/s"]
+        for key in ("two threads", "two runs"):
+            ratios = [float(row[key]) / x for row, x in zip(mine, one, strict=True)]
+            cells.append(f"x {quartiles(ratios)}")
+        table.append([task, *cells])
+    return markdown(*table)
+
+
+TABLES = {"speed": speed_table, "growth": growth_table, "threads": threads_table}
+
+
+# --- details ---
+
+
+@functools.cache
+def tagged(script, folder=ROOT):
+    """{tag: names of the functions and classes that carry it}, the docstring of the file left out."""
+    source = (folder / f"ppo_{script}.py").read_text()
+    tree = ast.parse(source)
+    spans = []
+
+    def visit(node, prefix):
+        for child in ast.iter_child_nodes(node):
+            name = prefix
+            if isinstance(child, ast.FunctionDef | ast.ClassDef):
+                name = f"{prefix}.{child.name}".lstrip(".")
+                spans.append((child.lineno, child.end_lineno, name))
+            visit(child, name)
+
+    visit(tree, "")
+    found = {}
+    for line_number, line in enumerate(source.splitlines(), 1):
+        if line_number > tree.body[0].end_lineno:
+            for tag in TAG.findall(line):
+                around = [span for span in spans if span[0] <= line_number <= span[1]]
+                found.setdefault(tag, []).append(max(around)[2] if around else "the file")
+    return found
+
+
+def where(tag):
+    """`train`, in all three; or, for instance, `Agent` (discrete, continuous)."""
+    scripts = {}
+    for script in SCRIPTS:
+        for name in tagged(script).get(tag, []):
+            scripts.setdefault(name, []).append(script)
+    places = [
+        f"`{name}`" if len(files) == len(SCRIPTS) else f"`{name}` ({', '.join(files)})"
+        for name, files in scripts.items()
+    ]
+    return ", ".join(places)
+
+
+# --- files ---
+
+
+def split(line):
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def updated(text):
+    """A page as it should be."""
+    lines, header, in_code = [], None, False
+    old = text.splitlines()
+    number_of = 0
+    while number_of < len(old):
+        line = old[number_of]
+        number_of += 1
+        if line.startswith("```"):
+            in_code = not in_code
+        mark = re.fullmatch(r"<!-- (\w+) -->", line)
+        comment = re.fullmatch(r"(python .*?)  # ([\w-]+): .*", line) if in_code else None
+        if mark and mark[1] in TABLES:
+            lines += [line, *TABLES[mark[1]]()]
+            while number_of < len(old) and old[number_of].startswith("|"):
+                number_of += 1
+            continue
+        if comment:
+            line = f"{comment[1]}  {comment_of(comment[2])}"
+        if line.startswith("|") and not in_code:
+            cells = split(line)
+            if header is None:
+                header = cells
+            elif header[0] == "recipe" and cells[0].startswith("`"):
+                new = cells_of(cells[0].strip("`"))
+                line = markdown([new.get(name, cell) for name, cell in zip(header, cells, strict=True)]).pop()
+            elif header[0] == "tag" and set(cells[0]) != {"-"}:
+                named = zip(header, cells, strict=True)
+                line = markdown([where(cells[0]) if name == "where" else x for name, x in named]).pop()
+        else:
+            header = None
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def pages():
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def main():
+    for page in pages():
+        text = page.read_text()
+        if updated(text) != text:
+            page.write_text(updated(text))
+            print(f"updated {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,328 @@
+"""README.md and docs/: links, commands, snippets, flags, metrics, tags, and what update_docs.py writes."""
+
+import dataclasses
+import functools
+import importlib
+import math
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import gymnasium
+import pytest
+import torch
+import tyro
+from conftest import NAMES, ROOT, SCRIPTS, scalars
+
+sys.path.append(str(ROOT / "benchmark"))
+import update_docs
+
+PAGES = {page.relative_to(ROOT).as_posix(): page for page in update_docs.pages()}
+OTHER_FLAGS = {  # of other programs
+    "--help",
+    "--logdir",
+    "--against",
+    "--growth",
+    "--share",
+    "--cuda",
+    "--no-cuda",
+    "--save-model",
+    "--upload-model",
+    "--hf-entity",
+}
+TAGS = {
+    **{f"core {n}": NAMES for n in range(1, 13)},
+    "core 13": NAMES[:2],
+    **{f"cont {n}": ("ppo_continuous",) for n in range(1, 6)},
+    **{f"cont {n}": NAMES[:2] for n in range(6, 10)},
+    **{f"atari {n}": ("ppo_atari",) for n in range(1, 10)},
+    **{f"ours {n}": NAMES for n in range(1, 6)},
+    "ours 6": NAMES[:2],
+}
+TINY = {"num_envs": 2, "num_steps": 16, "num_minibatches": 2, "update_epochs": 1}
+TINY |= {"total_timesteps": 64, "max_episode_steps": 20, "device": "cpu"}
+
+
+def module(name):
+    return importlib.import_module(name)
+
+
+def blocks(text, *languages):
+    return re.findall(rf"^```(?:{'|'.join(languages)})\n(.*?)^```", text, re.M | re.S)
+
+
+def prose(text):
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+
+
+def commands(text):
+    """(script, arguments) of each `python ppo_....py` in the bash blocks; $seed and the like stand for 1."""
+    found = []
+    for block in blocks(text, "bash"):
+        for part in re.split(r"&+|;|\n|\bdo\b", re.sub(r"#.*", "", block).replace("\\\n", " ")):
+            words = shlex.split(part)
+            if words[:1] == ["python"] and words[1].startswith("ppo_"):
+                arguments = ["1" if word.startswith("$") else word for word in words[2:]]
+                found.append((words[1].removesuffix(".py"), arguments))
+    return found
+
+
+@functools.cache
+def parsed(name, arguments):
+    return tyro.cli(module(name).Args, args=arguments)
+
+
+def section(page, heading):
+    """The text of a page under a heading of the second level, up to the next one."""
+    return PAGES[page].read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+# --- what update_docs.py writes ---
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_is_what_update_docs_writes(page):
+    """Otherwise: python benchmark/update_docs.py"""
+    text = PAGES[page].read_text()
+    assert update_docs.updated(text) == text
+
+
+def test_update_docs_fills_tables_and_comments():
+    page = (
+        "| recipe | return | x |\n| --- | --- | --- |\n| `cartpole` | ? | kept |\n| `nothing` | ? | kept |\n"
+    )
+    page += "\n```bash\npython ppo_discrete.py  # cartpole: ?\n```\n"
+    page += "\n| tag | where |\n| --- | --- |\n| core 5 | ? |\n"
+    page += "\n<!-- speed -->\n| old |\nthe end\n"
+    new = update_docs.updated(page)
+    cells = update_docs.cells_of("cartpole")
+    assert f"| `cartpole` | {cells['return']} | kept |" in new and re.fullmatch(r"\S+ ± \S+", cells["return"])
+    assert "| `nothing` | not measured | kept |" in new and "| core 5 | `compute_gae` |" in new
+    assert f"python ppo_discrete.py  # cartpole: {cells['minutes']} minute" in new
+    assert "old" not in new and "the end" in new and "| task | program |" in new and "?" not in new
+    assert update_docs.updated(new) == new
+
+
+def test_means_and_spreads():
+    assert update_docs.mean_and_spread([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
+    assert update_docs.mean_and_spread([1000.0, 3000.0]) == "2000 ± 1414"
+    assert update_docs.mean_and_spread([4000.0, 4002.0]) == "4001 ± 1"
+    assert update_docs.mean_and_spread([5.0]) == "5.0 (one seed)"
+    assert update_docs.mean_and_spread([]) == "not measured"
+
+
+# --- links ---
+
+
+def anchors(page):
+    """What GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.+)$", prose(page.read_text()), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(text):
+    """Targets of [text](target), ![picture](target) and [name]: target; uses of names are checked below."""
+    text = re.sub(r"`[^`\n]*`", "", prose(text))
+    return re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"^\[[^\]]+\]: (\S+)", text, re.M)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = PAGES[page].read_text()
+    for link in links(text):
+        if re.match(r"https?://", link):
+            continue
+        target, _, anchor = link.partition("#")
+        path = (PAGES[page].parent / target).resolve() if target else PAGES[page]
+        assert path.is_relative_to(ROOT) and path.exists(), link
+        assert not anchor or anchor in anchors(path), link
+    defined = set(re.findall(r"^\[([^\]]+)\]: ", text, re.M))
+    assert set(re.findall(r"\]\[(\w+)\]", text)) == defined
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_link_goes_to_a_line(page):
+    assert not re.search(r"#L\d+|\blines? \d+", PAGES[page].read_text())
+
+
+def test_the_readme_is_a_first_screen_and_leads_to_every_page():
+    text = PAGES["README.md"].read_text()
+    assert len(text.splitlines()) <= 170
+    assert {name for name in PAGES if name != "README.md"} <= set(links(text))
+
+
+# --- commands and snippets ---
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_parse(page):
+    for name, arguments in commands(PAGES[page].read_text()):
+        if arguments != ["--help"]:
+            assert isinstance(parsed(name, tuple(arguments)), module(name).Args)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_other_commands_name_files_that_exist(page):
+    for block in blocks(PAGES[page].read_text(), "bash"):
+        for path in re.findall(r"\b((?:benchmark|tests)/[\w/]+\.(?:py|sh|txt))", block):
+            assert (ROOT / path).exists(), path
+
+
+def recipes():
+    """{name: (script, arguments)} of benchmark/recipes.sh."""
+    script = (ROOT / "benchmark" / "recipes.sh").read_text().replace("\\\n", " ")
+    words = [shlex.split(line) for line in script.splitlines() if line.startswith("recipe ")]
+    return {name: (file.removesuffix(".py"), tuple(arguments)) for _, name, file, *arguments in words}
+
+
+def test_the_results_show_the_recipes_as_they_were_run():
+    text = PAGES["docs/results.md"].read_text()
+    shown = [(name, parsed(name, tuple(arguments))) for name, arguments in commands(text)]
+    for recipe, (name, arguments) in recipes().items():
+        assert (name, parsed(name, arguments)) in shown, recipe
+        assert f"| `{recipe}` |" in text, recipe
+    tables = re.findall(r"^\| recipe \|.*\n\|.*\n((?:\|.*\n)+)", text, re.M)
+    rows = {re.match(r"\| `(\S+)` \|", line)[1] for table in tables for line in table.splitlines()}
+    assert rows == set(recipes())
+
+
+TUTORIALS = commands(section("docs/results.md", "As five tutorials teach it"))
+
+
+def test_there_are_five_tutorials():
+    assert len(TUTORIALS) == 6 and {name for name, _ in TUTORIALS} == set(NAMES)  # the fifth has two
+
+
+@pytest.mark.parametrize("number", range(len(TUTORIALS)))
+def test_the_recipe_of_a_tutorial_runs(number, cli):
+    """Two iterations of as few steps as its minibatches allow, one episode of at most 50 steps."""
+    name, arguments = TUTORIALS[number]
+    args = parsed(name, tuple(arguments))
+    steps = math.lcm(2 * args.num_minibatches, args.num_envs) // args.num_envs
+    sizes = {"num_steps": steps, "total_timesteps": 2 * steps * args.num_envs, "max_episode_steps": 50}
+    sizes |= {"eval_episodes": 1, "num_threads": 1, "device": "cpu", "run_dir": "run"}
+    short = [x for key, value in sizes.items() for x in (f"--{key.replace('_', '-')}", str(value))]
+    code, out, err = cli(module(name), *arguments, *short)
+    assert code == 0 and "evaluate it" in out, err
+    assert torch.load("run/checkpoint.pt", weights_only=True)["iteration"] == 2
+    assert bool(list(Path("run").rglob("*.mp4"))) == args.capture_video
+
+
+SNIPPETS = [(page, text) for page in PAGES for text in blocks(PAGES[page].read_text(), "python")]
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_a_snippet_runs(number):
+    """After a tiny training where it reads a checkpoint; what it trains itself is made tiny."""
+    page, code = SNIPPETS[number]
+    sizes = ", ".join(f"{key}={value!r}" for key, value in TINY.items())
+    code = re.sub(r"Args\(total_timesteps=[\d_]+", f"Args({sizes}", code)
+    code = re.sub(r"num_episodes=\d+", "num_episodes=1", code)
+    for name in re.findall(r"from (ppo_\w+) import .*load_agent", code):
+        (run_dir,) = re.findall(r"load_agent\(\"([\w/-]+?)(?:/checkpoint\.pt)?\"\)", code)
+        module(name).train(module(name).Args(run_dir=run_dir, **TINY))
+    exec(compile(code, page, "exec"), {"__name__": "snippet"})
+
+
+def test_there_are_snippets_for_each_script():
+    assert set(re.findall(r"from (ppo_\w+) import", " ".join(code for _, code in SNIPPETS))) == set(NAMES)
+
+
+def test_the_environment_of_the_docs_trains(discrete, monkeypatch):
+    (code,) = [code for _, code in SNIPPETS if "gymnasium.register" in code]
+    Path("my_env.py").write_text(code)
+    gymnasium.registry.pop("MyEnv-v0", None)  # of test_a_snippet_runs
+    monkeypatch.syspath_prepend(".")
+    result = discrete.train(discrete.Args(env_id="my_env:MyEnv-v0", **TINY))
+    assert result["global_step"] == 64 and 0 <= result["episodic_return"] <= 1
+
+
+# --- names, flags, metrics, tags ---
+
+# in code spans, but not of the scripts
+OTHER_NAMES = {"PPO_SCRIPTS", "a3", "code", "my_env", "render_modes", "ruff", "uv"}
+
+
+def test_names_in_the_text_exist():
+    """Each name in a `code span`, such as `Agent.act`, is one of the scripts or of benchmark/."""
+    files = [*(SCRIPTS / f"{name}.py" for name in NAMES), *(ROOT / "benchmark").glob("*.*")]
+    sources = " ".join(file.read_text() for file in files if file.suffix in (".py", ".csv", ".sh"))
+    known = set(re.findall(r"[A-Za-z_]\w*", sources)) | OTHER_NAMES
+    for page, path in PAGES.items():
+        names = re.findall(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)`", prose(path.read_text()))
+        names = [name for name in names if not re.search(r"\.(py|csv|md|sh|txt|pt)$", name)]
+        assert {word for name in names for word in name.split(".")} <= known, page
+
+
+def flags(name):
+    found = set()
+    for field in dataclasses.fields(module(name).Args):
+        flag = field.name.replace("_", "-")
+        found |= {f"--{flag}"} | ({f"--no-{flag}"} if isinstance(field.default, bool) else set())
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_exist(page):
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", PAGES[page].read_text()))
+    assert named <= set.union(*map(flags, NAMES)) | OTHER_FLAGS, page
+
+
+@pytest.mark.parametrize(
+    "constant, sentence",
+    [
+        ("RESUME_MAY_CHANGE", r"Only these may be given anew:(.*?)\. Any other"),
+        ("EVALUATE_MAY_CHANGE", r"Only these flags count beside `--evaluate`.*?refused:(.*?)\.\n"),
+    ],
+)
+def test_the_usage_lists_what_may_change(constant, sentence, script):
+    (listed,) = re.findall(sentence, PAGES["docs/usage.md"].read_text(), re.S)
+    names = {flag.replace("-", "_") for flag in re.findall(r"`--([a-z-]+)`", listed)}
+    assert names == getattr(script, constant) - {"resume", "evaluate"}
+
+
+def test_every_flag_that_cleanrl_lacks_is_listed():
+    """The list of differences-from-cleanrl.md has flags that exist in one of the scripts, each once."""
+    listed = re.findall(
+        r"`(--[a-z-]+)`", PAGES["docs/differences-from-cleanrl.md"].read_text().split("Not there:")[1]
+    )
+    assert len(listed) == len(set(listed)) > 15 and set(listed) <= set.union(*map(flags, NAMES))
+
+
+def test_every_metric_is_explained_and_exists(script):
+    """Each scalar that a run logs has a row in docs/metrics.md."""
+    args = script.Args(objective="kl-penalty", run_dir="run", **TINY)
+    logged = set(scalars(script.train(args)))
+    rows = re.findall(r"^\| `((?:charts|losses)/\w+)` \|", PAGES["docs/metrics.md"].read_text(), re.M)
+    absent = set() if script.__name__ == "ppo_continuous" else {"charts/action_std"}
+    assert set(rows) - absent == logged and len(rows) == len(set(rows))
+
+
+def details():
+    """{tag: its row} of the table of details."""
+    lines = section("docs/how-ppo-works.md", "Every detail").splitlines()
+    rows = [update_docs.split(line) for line in lines if re.match(r"\| \w+ \d+ \|", line)]
+    assert len({row[0] for row in rows}) == len(rows)
+    return {row[0]: row[1:] for row in rows}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_detail_is_tagged_once_where_it_applies(name):
+    found = update_docs.tagged(name.removeprefix("ppo_"), SCRIPTS)
+    assert set(found) == {tag for tag, names in TAGS.items() if name in names}
+    assert {tag: places for tag, places in found.items() if len(places) != 1} == {}
+
+
+def test_the_table_of_details_has_every_tag():
+    table = details()
+    assert list(table) == list(TAGS)
+    for tag, (what, where, why) in table.items():
+        assert len(what.split()) >= 2 and len(why.split()) >= 3, tag
+        assert where == update_docs.where(tag) and where, tag
+
+
+def test_tags_in_the_text_exist():
+    for page, path in PAGES.items():
+        assert set(update_docs.TAG.findall(path.read_text())) <= set(TAGS), page

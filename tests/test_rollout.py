@@ -1,0 +1,391 @@
+"""The rollout of train: what its rows hold where episodes end, what is counted, which rewards and returns."""
+
+import itertools
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import pytest
+import stub_envs
+import torch
+from conftest import REAL, normalised, resume, scalars, statistics
+from stub_envs import ids
+
+
+def set_value(monkeypatch, script, final=0.0, first=0.0, other=0.0, last_step=3):
+    """A critic by hand: V of final observations, of the first ones of later episodes, of all others."""
+
+    def value(self, obs):
+        step, episode, _ = ids(obs).T
+        v = np.where(step == last_step, final, np.where((step == 0) & (episode > 0), first, other))
+        return torch.as_tensor(v, dtype=torch.float32)
+
+    monkeypatch.setattr(script.Agent, "get_value", value)
+
+
+def rows_of(observations):
+    """(step, episode, seed) of each observation, in order of size."""
+    return sorted(map(tuple, ids(torch.cat(observations)).tolist()))
+
+
+# --- rows, ends of episodes, bootstrapping ---
+
+
+@pytest.mark.parametrize("story", ["Count", "CountTruncated"])
+def test_b01_no_row_belongs_to_a_reset(script, train, watch, story):
+    seen = watch(script)
+    train(script, story, num_steps=9, gamma=0.0)
+    gae = seen.gae[0]
+    assert torch.equal(gae.dones.float(), torch.tensor([0.0, 0, 1]).repeat(3)[:, None].expand(9, 2))
+    assert gae.rewards.min() > 0  # the row of a NEXT_STEP reset has reward 0
+    each_step_once = [(step, episode, tag) for step in range(3) for episode in range(3) for tag in (1, 2)]
+    assert rows_of(seen.updated[:2]) == each_step_once  # final observations (step 3) are no rows
+
+
+@pytest.mark.parametrize(
+    ("story", "limit", "reward"),
+    [
+        ("CountTruncated", 0, 10.0),
+        ("CountEndless", 3, 10.0),
+        ("Count", 0, 1.0),
+        ("CountBoth", 0, 1.0),
+        ("Count", 3, 1.0),
+    ],
+)
+def test_b02_truncation_bootstraps_and_termination_does_not(
+    script, train, watch, monkeypatch, story, limit, reward
+):
+    """1 + 0.9 * V(final) = 10 by the environment's limit or --max-episode-steps; 1 where both ends meet."""
+    seen = watch(script)
+    set_value(monkeypatch, script, final=10.0)
+    train(script, story, gamma=0.9, num_steps=6, max_episode_steps=limit)
+    gae = seen.gae[0]
+    expected = torch.tensor([1, 1, reward, 1, 1, reward])[:, None].expand(6, 2)
+    torch.testing.assert_close(gae.rewards.float(), expected)
+    assert gae.dones.sum() == 4
+
+
+def test_b02_only_the_environment_that_was_truncated_bootstraps(script, train, watch, monkeypatch):
+    """Of two environments the second, whose seed is 2, goes on while the first is truncated after 3 steps."""
+    seen, step = watch(script), stub_envs.Count.step
+
+    def endless(self, action):
+        *others, truncated, infos = step(self, action)
+        return *others, truncated and self.tag != 2, infos
+
+    monkeypatch.setattr(stub_envs.Count, "step", endless)
+    set_value(monkeypatch, script, final=10.0)
+    train(script, "CountTruncated", gamma=0.9, num_steps=4)
+    gae = seen.gae[0]
+    torch.testing.assert_close(gae.rewards.float(), torch.tensor([[1, 1], [1, 1], [10.0, 1], [1, 1]]))
+    assert gae.dones.tolist() == [[0, 0], [0, 0], [1, 0], [0, 0]]
+
+
+def test_b03_bootstraps_from_the_final_observation_not_from_the_reset_one(script, train, watch, monkeypatch):
+    seen = watch(script)
+    set_value(monkeypatch, script, final=10.0, first=100.0)
+    train(script, "CountTruncated", gamma=0.9, num_steps=3)
+    assert seen.gae[0].rewards[2].tolist() == pytest.approx([10.0, 10.0])
+
+
+def test_b03_final_frames_of_a_real_game(atari, train, watch, monkeypatch):
+    """A second emulator that waits for the next step with the reset still shows the final frames."""
+    valued, sent = [], []
+    value, step = atari.Agent.get_value, ale_py.AtariVectorEnv.step
+
+    def spied_value(self, obs):
+        valued.append(obs.clone())
+        return value(self, obs)
+
+    def spied_step(self, actions):
+        sent.append(actions.copy())
+        return step(self, actions)
+
+    monkeypatch.setattr(atari.Agent, "get_value", spied_value)
+    monkeypatch.setattr(ale_py.AtariVectorEnv, "step", spied_step)
+    train(atari, REAL["ppo_atari"], num_steps=5, max_episode_steps=5, seed=3)
+    envs = ale_py.AtariVectorEnv("breakout", 2, max_num_frames_per_episode=4 * 5)
+    envs.reset(seed=3)
+    for actions in sent[:5]:
+        frames, *_ = step(envs, actions)
+    assert torch.equal(valued[0], torch.as_tensor(frames))
+    assert not torch.equal(valued[0], valued[1])  # the last one is of the new game
+
+
+def test_b04_bootstraps_from_the_observation_after_the_action(script, train, watch, monkeypatch):
+    seen = watch(script)
+    set_value(monkeypatch, script, final=10.0, other=7.0)
+    train(script, "CountTruncated", gamma=0.9, num_steps=3)
+    assert seen.gae[0].rewards[2].tolist() == pytest.approx([10.0, 10.0])
+
+
+@pytest.mark.parametrize(
+    ("story", "steps", "last_reward", "done"),
+    [("Count", 3, 1, 1), ("CountTruncated", 3, 10, 1), ("CountTruncated", 4, 1, 0)],
+)
+def test_b08_last_row(script, train, watch, monkeypatch, story, steps, last_reward, done):
+    """A rollout that ends with a termination, with a truncation and within an episode."""
+    seen = watch(script)
+    set_value(monkeypatch, script, final=10.0, first=100.0, other=7.0)
+    train(script, story, gamma=0.9, gae_lambda=0.8, num_steps=steps)
+    gae = seen.gae[0]
+    assert gae.rewards[-1].tolist() == pytest.approx([last_reward] * 2)
+    assert gae.dones[-1].tolist() == [done] * 2
+    assert gae.next_value.tolist() == [100.0 if done else 7.0] * 2
+    advantage = last_reward + (0 if done else 0.9 * 7.0) - gae.values[-1]
+    torch.testing.assert_close(gae.advantages[-1], advantage)
+
+
+def test_episodes_go_on_across_iterations(script, train, watch):
+    """Iterations of 4 steps cut episodes of 3 anywhere; no step is lost, repeated or reset."""
+    seen = watch(script)
+    train(script, "Count", 3, num_steps=4)
+    steps = [ids(obs)[0].tolist() for obs in seen.acted]  # of the first environment
+    assert steps == [[t % 3, t // 3, 1] for t in range(12)]
+
+
+# --- what the update receives is what the rollout saw ---
+
+
+@pytest.mark.parametrize("env", ["Count", "real"])
+def test_b11_ratio_is_1_before_any_step(script, train, watch, env):
+    """With a learning rate of 0, every row keeps the log-probability and the value of the rollout."""
+    seen = watch(script)
+    env = REAL[script.__name__] if env == "real" else env
+    result = train(script, env, 2, learning_rate=0.0, **normalised(script))
+    for call in seen.loss:
+        torch.testing.assert_close(call.newlogprob, call.logprobs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(call.newvalue, call.values, rtol=1e-5, atol=1e-5)
+    assert sum(len(call.logprobs) for call in seen.loss) == 2 * 2 * 16
+    logged = scalars(result)
+    assert max(map(abs, logged["losses/approx_kl"])) < 1e-6
+    assert logged["losses/clipfrac"] == [0.0, 0.0]
+
+
+def test_b20_observations_and_rewards_are_flattened_alike(script, train, watch):
+    """With gamma 0 the return is the reward, and the reward of a row follows from its observation."""
+    seen = watch(script)
+    train(script, "Ids", 2, num_envs=3, gamma=0.0)
+    assert len(seen.updated) == len(seen.loss) == 8
+    for obs, call in zip(seen.updated, seen.loss, strict=True):
+        step, _, tag = ids(obs).T
+        assert call.returns.tolist() == pytest.approx(stub_envs.reward_of(step, tag).tolist(), abs=1e-5)
+
+
+def test_b31_the_update_sees_what_the_policy_saw(script, train, watch):
+    """Bit for bit, although the statistics have moved since."""
+    seen = watch(script)
+    train(script, REAL[script.__name__], **normalised(script))
+    assert len(seen.acted) == 8
+    acted, updated = torch.cat(seen.acted).flatten(1), torch.cat(seen.updated[:2]).flatten(1)
+    assert sorted(map(tuple, acted.tolist())) == sorted(map(tuple, updated.tolist()))
+
+
+def test_b39_environment_that_reuses_its_array(script, train, watch, monkeypatch):
+    """It writes its next observation into the array that it has returned: stored ones stay as they were."""
+    seen = watch(script)
+    monkeypatch.setattr(stub_envs.FakeAtari, "in_place", True)
+    train(script, "CountEndless" if script.__name__ == "ppo_atari" else "InPlace")
+    assert rows_of(seen.updated[:2]) == [(step, 0, tag) for step in range(8) for tag in (1, 2)]
+
+
+def test_b39_vector_environment_that_reuses_its_array(mlp_script, train, watch, monkeypatch):
+    """As gymnasium's do with copy=False, and as an edited make_envs may ask for."""
+    seen, make_vec = watch(mlp_script), gym.make_vec
+
+    def without_copies(*args, vector_kwargs, **kwargs):
+        return make_vec(*args, vector_kwargs=vector_kwargs | {"copy": False}, **kwargs)
+
+    monkeypatch.setattr(gym, "make_vec", without_copies)
+    train(mlp_script, "CountEndless")
+    assert rows_of(seen.updated[:2]) == [(step, 0, tag) for step in range(8) for tag in (1, 2)]
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_b40_actions_belong_to_the_space(mlp_script, train, vectorization):
+    """Stubs refuse others, in training and in evaluation; most samples of the policy leave the Box."""
+    result = train(mlp_script, "Count", 2, vectorization=vectorization)
+    assert result["episodic_return"] == 3.0
+    assert mlp_script.evaluate(result["run_dir"], 3).tolist() == [3.0] * 3
+
+
+def test_b40_games_receive_valid_actions(atari, train):
+    result = train(atari, "Lives", 2)  # with lost lives, after which FIRE is pressed
+    assert atari.evaluate(result["run_dir"], 3).tolist() == [11.0] * 3
+
+
+def test_async_processes_give_the_same_run(mlp_script, train):
+    flags = dict(iterations=2, max_episode_steps=6, **normalised(mlp_script))
+    env = REAL[mlp_script.__name__]
+    a, b = (train(mlp_script, env, vectorization=kind, **flags) for kind in ("sync", "async"))
+    parameters = zip(a["agent"].parameters(), b["agent"].parameters(), strict=True)
+    assert all(torch.equal(x, y) for x, y in parameters)
+    assert a["episodic_return"] == b["episodic_return"]
+
+
+# --- statistics of observations ---
+
+
+@pytest.mark.parametrize("story", ["CountEndless", "CountTruncated"])
+def test_b29_statistics_count_every_row_once(mlp_script, train, watch, story):
+    """Rows are what was acted on: neither final observations of episodes nor the one that bootstraps."""
+    seen = watch(mlp_script)
+    agent = train(mlp_script, story, 3, **normalised(mlp_script))["agent"]
+    counts = range(3 * 8) if story == "CountEndless" else [t % 3 + 1000 * (t // 3) for t in range(3 * 8)]
+    rows = np.array([(count, tag) for count in counts for tag in (1, 2)])
+    assert len(seen.acted) == 3 * 8
+    saved = statistics(agent)
+    assert saved["count"] == 3 * 8 * 2
+    np.testing.assert_allclose(saved["mean"], rows.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(saved["var"], rows.var(0), rtol=1e-9)
+
+
+def test_b29_statistics_count_every_row_once_over_a_resume(mlp_script, train):
+    half = train(mlp_script, "CountTruncated", 2, **normalised(mlp_script))
+    assert statistics(resume(mlp_script, half, total_timesteps=64)["agent"])["count"] == 4 * 8 * 2
+
+
+def test_b29_each_observation_is_counted_before_it_is_acted_on(mlp_script, train, monkeypatch):
+    """So that the first one, whatever its scale, is normalised by statistics that know it."""
+    counted, normalize = [], mlp_script.Agent.normalize
+
+    def spied(self, raw_obs, update=False):
+        output = normalize(self, raw_obs, update)
+        if update:
+            counted.append((raw_obs.double().clone(), statistics(self), output.clone()))
+        return output
+
+    monkeypatch.setattr(mlp_script.Agent, "normalize", spied)
+    train(mlp_script, "CountEndless", 2, **normalised(mlp_script))
+    assert len(counted) == 2 * 8
+    raw = torch.cat([x for x, _, _ in counted])
+    for t, (_, now, output) in enumerate(counted, 1):
+        rows = raw[: 2 * t]
+        expected = (rows[-2:] - rows.mean(0)) / (rows.var(0, correction=0) + 1e-8).sqrt()
+        assert now["count"] == 2 * t
+        torch.testing.assert_close(output, expected.clamp(-10, 10).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_b30_final_observations_are_normalised_like_all_others(mlp_script, train, monkeypatch):
+    seen, value = [], mlp_script.Agent.get_value
+
+    def spied(self, obs):
+        seen.append((obs.clone(), statistics(self)))
+        return value(self, obs)
+
+    monkeypatch.setattr(mlp_script.Agent, "get_value", spied)
+    train(mlp_script, "CountTruncated", num_envs=3, num_steps=6, **normalised(mlp_script))
+    raw = torch.tensor([[3.0, tag] for tag in (1, 2, 3)])  # the final observations of the first episodes
+    (_, _), (final, now) = [x for x in seen if x[1]["count"] == 9]  # 3 rows each: once acted, once valued
+    expected = (raw - now["mean"]) / torch.sqrt(now["var"] + 1e-8)
+    torch.testing.assert_close(final, expected.float())
+
+
+def test_b34_all_environments_share_the_observation_statistics(mlp_script, train):
+    """Mean and variance are those of all rows of both environments, (2,) numbers each."""
+    saved = statistics(train(mlp_script, "CountEndless", **normalised(mlp_script))["agent"])
+    rows = np.array([(step, tag) for step in range(8) for tag in (1, 2)])
+    np.testing.assert_allclose(saved["mean"], rows.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(saved["var"], rows.var(0), rtol=1e-9)
+
+
+def test_no_norm_flags_change_nothing(mlp_script, train, watch):
+    seen = watch(mlp_script)
+    agent = train(mlp_script, "Points", norm_obs=False, norm_reward=False)["agent"]
+    assert seen.gae[0].rewards[:, 0].tolist() == [4, 7] * 4
+    raw = torch.tensor([[3e5, -7e5]])
+    assert torch.equal(agent.normalize(raw, update=True), raw)
+    agent = train(mlp_script, "Points", norm_obs=True)["agent"]
+    assert agent.normalize(raw).abs().max() == 10
+
+
+# --- rewards and returns ---
+
+
+def test_b26_lost_lives_end_returns_but_not_the_game(atari, train, watch):
+    seen = watch(atari)
+    result = train(atari, "Lives", num_steps=6)
+    gae = seen.gae[0]
+    assert gae.dones[:, 0].tolist() == [0, 1, 0, 1, 0, 1]
+    assert gae.rewards[:, 0].tolist() == [1, 0, 1, 0, 1, 0]  # a lost life is a termination: no bootstrap
+    rows = ids(torch.cat(seen.updated[:2]))
+    assert set(rows[:, 1]) == {0}  # one game, never reset in between
+    assert set(rows[:, 0]) == set(range(6))
+    logged = scalars(result)
+    assert logged["charts/episodic_return"] == [11.0]
+    assert logged["charts/episodic_length"] == [6.0]
+
+
+def test_b27_learns_from_signs_and_logs_raw_rewards(atari, train, watch):
+    seen = watch(atari)
+    result = train(atari, "Points")
+    assert set(seen.gae[0].rewards.flatten().tolist()) == {1.0}
+    assert result["episodic_return"] == 11.0 == scalars(result)["charts/episodic_return"][0]
+
+
+def test_b27_learns_from_scaled_rewards_and_logs_raw_ones(mlp_script, train, watch):
+    seen = watch(mlp_script)
+    result = train(mlp_script, "Points", **normalised(mlp_script))
+    assert not {4.0, 7.0} & set(seen.gae[0].rewards.flatten().tolist())
+    assert result["episodic_return"] == 11.0 == scalars(result)["charts/episodic_return"][0]
+
+
+def test_what_a_time_limit_adds_is_never_scaled_or_clipped(script, train, watch, monkeypatch):
+    """The reward of the last step is scaled or made a sign; gamma * V(final observation) is added to that."""
+    seen = watch(script)
+    set_value(monkeypatch, script, final=1000.0)
+    flags = {} if script.__name__ == "ppo_atari" else {"norm_reward": True}
+    train(script, "CountTruncated", num_steps=3, gamma=0.9, **flags)
+    rewards = seen.gae[0].rewards
+    assert (rewards.abs()[:2] <= 10).all()
+    assert ((rewards[2] - 900).abs() <= 10).all()
+
+
+def test_b28_returns_are_not_carried_over_a_truncation(script, train):
+    """Episodes of 2 and 3 steps with reward 1, the first truncated, the second terminated, and so on."""
+    result = train(script, "CountMixed", num_steps=10, num_envs=1)
+    assert result["episodic_return"] == 2.5
+    assert scalars(result)["charts/episodic_length"] == [2.5]
+
+
+def test_whole_real_games_are_counted_with_raw_rewards(atari, train, monkeypatch):
+    """Another emulator that receives the same actions after the same seed collects the same points."""
+    sent, step = [], ale_py.AtariVectorEnv.step
+
+    def spied(self, actions):
+        sent.append(actions.copy())
+        return step(self, actions)
+
+    monkeypatch.setattr(ale_py.AtariVectorEnv, "step", spied)
+    flags = {"num_steps": 320, "update_epochs": 1, "num_minibatches": 8, "seed": 1, "max_episode_steps": 150}
+    result = train(atari, "SpaceInvadersNoFrameskip-v4", **flags)
+    same_step = gym.vector.AutoresetMode.SAME_STEP
+    options = {"reward_clipping": False, "autoreset_mode": same_step, "max_num_frames_per_episode": 4 * 150}
+    envs = ale_py.AtariVectorEnv("space_invaders", 2, **options)
+    envs.reset(seed=1)
+    returns, points, lengths, start = [], np.zeros(2), [], np.zeros(2)
+    for t, actions in enumerate(sent, 1):
+        _, rewards, terminated, truncated, _ = step(envs, actions)
+        points += rewards
+        for i in np.flatnonzero(terminated | truncated):
+            returns.append(points[i])
+            lengths.append(t - start[i])
+            points[i], start[i] = 0, t
+    assert len(sent) == 320
+    assert len(returns) >= 4
+    assert max(returns) > 10  # invaders are worth 5 to 30 points
+    assert result["episodic_return"] == np.mean(returns)
+    assert scalars(result)["charts/episodic_length"] == [np.mean(lengths)]
+
+
+# --- seeds ---
+
+
+def test_b36_environments_and_episodes_differ(script, train, watch):
+    seen = watch(script)
+    train(script, REAL[script.__name__], num_envs=4, num_steps=10, max_episode_steps=5)
+    obs = torch.stack(seen.acted)  # (T, N, ...)
+    first, second = obs[0], obs[5]
+    assert seen.gae[0].dones[4].all()
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(first, 2))
+    assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
