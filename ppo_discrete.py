@@ -82,7 +82,7 @@ class Args:
     # --- this run ---
     exp_name: str = "ppo_discrete"  # part of the run directory's name
     seed: int = 1  # seed of torch, numpy, Python's random and the environments
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the CPU, faster for networks this small
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the CPU
     num_threads: int = 1  # CPU threads of torch; 0: torch's choice
     torch_deterministic: bool = True  # on CUDA: only deterministic cuDNN kernels
     compile: bool = False  # torch.compile: starts 5 to 20 s later, then runs faster
@@ -137,7 +137,7 @@ class Agent(nn.Module):
         self.obs_count = nn.Buffer(torch.zeros((), dtype=torch.float64))
 
     def normalize(self, raw_obs, update=False):
-        """Raw observations (N, obs_dim) -> what buffers and networks take. update: the statistics, first."""
+        """Raw observations (N, obs_dim) -> what buffers and networks take. update: count them in first."""
         if not self.norm_obs:
             return raw_obs.float()
         raw_obs = raw_obs.double()
@@ -695,9 +695,8 @@ def main():
     try:
         checkpoint = args.evaluate
         if args.evaluate:  # parse again over the saved arguments: what differs from them was typed
-            at_default = {
-                name: getattr(Args, name) for name in EVALUATION | {"seed", "device", "compile", "track"}
-            }
+            own = EVALUATION | {"seed", "device", "compile", "track"}  # not taken from the training
+            at_default = {name: getattr(Args, name) for name in own}
             saved = dataclasses.replace(load_checkpoint(args.evaluate)["args"], **at_default)
             args = override(saved, tyro.cli(Args, default=saved), saved, EVALUATE_MAY_CHANGE)
         elif args.resume:

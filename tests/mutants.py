@@ -45,160 +45,86 @@ class Mutant(NamedTuple):
         return f"({self.test} and (ppo_{self.script} or not ppo_))"
 
 
-EVALUATES = 'get_action_and_value(mb["obs"]'
-STEPS = "super().step(actions)"
-CARRIES = STEPS + '; self.episode_returns += infos.get("episode", {"r": 0})["r"] * truncated'
+# the longer ones: episodes are recorded with signs for rewards; a truncated return is added to the next one;
+# an observation is kept as a reference, which is read after the step; targets move with the value function
+RECORDS_SIGNS = "LearningEnvs(gym.wrappers.vector.TransformReward(envs, np.sign))"
+CARRIES_ON = 'super().step(actions); self.episode_returns += infos.get("episode", {"r": 0})["r"] * truncated'
+STEPS = "next_obs, rewards[t], terminated, truncated, infos = envs"
 STORES_LATE = "obs[t], (next_obs, rewards[t], terminated, truncated, infos) = next_obs, envs"
+LEARNS_FROM_NEW_VALUES = '"values")} | {"returns": mb["advantages"] + newvalue.detach()}'
 
-# the mistake that somebody might make; compute_gae and ppo_loss are tested in ppo_discrete
+# a mistake that somebody might make for each bug; compute_gae and ppo_loss are tested in ppo_discrete
 MUTANTS = [
     ("rollout", "b01_no_row", "discrete", "AutoresetMode.SAME_STEP", "AutoresetMode.NEXT_STEP"),
     ("rollout", "b02_truncation", "continuous", "if time_limit.any()", "if False"),
     ("rollout", "b03_bootstraps", "atari", 'infos["final_obs"][time_limit]', "next_obs[time_limit]"),
-    (
-        "rollout",
-        "b04_bootstraps",
-        "continuous",
-        "agent.get_value(agent.normalize(final_obs))",
-        "values[t, torch.as_tensor(time_limit)]",
-    ),
-    ("gae", "b05_two_episodes", "discrete", "gae_lambda * nonterminal", "gae_lambda"),
-    ("gae", "b06_a_truncated", "discrete", "next_values * nonterminal", "next_values"),
+    ("rollout", "b04", "continuous", "agent.normalize(final_obs)", "obs[t, torch.as_tensor(time_limit)]"),
+    ("gae", "b05", "discrete", "decays[t] *", "gamma * gae_lambda *"),
+    ("gae", "b06", "discrete", "next_values * nonterminal", "next_values"),
     ("gae", "b07_gae_equals", "discrete", "dones.to(", "dones.roll(1, 0).to("),
-    ("rollout", "b08_last_row", "atari", "agent.normalize(next_obs)", "obs[-1]"),
+    ("rollout", "b08", "atari", "agent.normalize(next_obs)", "obs[-1]"),
     ("gae", "b09_lambda_1", "discrete", "decays = gamma * gae_lambda", "decays = gae_lambda"),
     ("loss", "b10_clipping", "discrete", "torch.max(-advantages", "torch.min(-advantages"),
-    ("rollout", "b11_ratio", "continuous", "actions[t].cpu()", "actions[t].clamp_(-1, 1).cpu()"),
-    ("agent", "b12_log_probability", "continuous", "log_density.sum(-1)", "log_density.mean(-1)"),
+    ("rollout", "b11", "continuous", "actions[t].cpu()", "actions[t].clamp_(-1, 1).cpu()"),
+    ("agent", "b12", "continuous", "log_density.sum(-1)", "log_density.mean(-1)"),
     ("agent", "b13_entropy", "continuous", "(0.5 - log_peak).sum()", "(0.5 - log_peak).mean()"),
     ("loss", "b14_value_loss", "discrete", "v_error = (newvalue", "v_error = (newvalue[:, None]"),
-    (
-        "loss",
-        "b15_value_clipping",
-        "discrete",
-        "values + (newvalue - values)",
-        "newvalue + (newvalue - values)",
-    ),
+    ("loss", "b15_value_clipping", "discrete", "values + (newvalue", "newvalue + (newvalue"),
     ("update", "b16", "atari", '"advantages": advantages', '"advantages": advantages / advantages.std()'),
-    ("update", "b17_minibatches", "discrete", "B > parts", "B >= parts"),
-    (
-        "update",
-        "b18_epochs",
-        "continuous",
-        '"returns", "values")}',
-        '"returns", "values")} | {"returns": mb["advantages"] + newvalue.detach()}',
-    ),
-    (
-        "update",
-        "b19",
-        "discrete",
-        "torch.randperm(B, device=device)",
-        "torch.randint(B, (B,), device=device)",
-    ),
-    ("rollout", "b20_observations", "discrete", '"returns": returns', '"returns": returns.T'),
+    ("update", "b17", "discrete", "B > parts", "B >= parts"),
+    ("update", "b18", "continuous", '"values")}', LEARNS_FROM_NEW_VALUES),
+    ("update", "b19", "discrete", "randperm(B,", "randint(B, (B,),"),
+    ("rollout", "b20", "discrete", '"returns": returns', '"returns": returns.T'),
     ("update", "b21_learning_rate_falls", "atari", "(iteration - 1) / num", "iteration / num"),
     ("update", "b22_gradients", "continuous", "optimizer.zero_grad()", "pass"),
     ("update", "b23_target_kl_stops", "discrete", "if kl_exceeded:", "if False:"),
     ("agent", "b24_gains", "atari", "num_actions), std=0.01", "num_actions)"),
-    ("agent", "b25_pixels", "atari", ".div_(255)", ""),
-    ("envs", "b26_a_lost_life", "atari", '"episodic_life": False', '"episodic_life": True'),
-    (
-        "envs",
-        "b27_rewards_are_signs",
-        "atari",
-        "return LearningEnvs(envs)",
-        "return LearningEnvs(gym.wrappers.vector.TransformReward(envs, np.sign))",
-    ),
-    ("rollout", "b28_returns", "discrete", STEPS, CARRIES),
-    (
-        "checkpoint",
-        "b29_evaluation",
-        "continuous",
-        "agent.normalize(torch.as_tensor(obs))",
-        "agent.normalize(torch.as_tensor(obs), update=True)",
-    ),
-    ("rollout", "b30_final", "discrete", "agent.normalize(final_obs)", "final_obs.float()"),
-    ("rollout", "b31", "continuous", EVALUATES, 'get_action_and_value(agent.normalize(mb["obs"])'),
-    (
-        "agent",
-        "b32_running_mean_var",
-        "discrete",
-        "- batch_mean) ** 2).sum(0)",
-        "- batch_mean) ** 2).mean(0)",
-    ),
-    (
-        "envs",
-        "b33_reward_scale",
-        "continuous",
-        "discounted[terminated | truncated]",
-        "discounted[terminated]",
-    ),
-    ("envs", "b34_all", "discrete", "self.count, self.discounted", "self.count, self.discounted[None]"),
-    (
-        "evaluate",
-        "b35_evaluation_plays",
-        "discrete",
-        "make_envs(args, 1, folder",
-        "make_envs(args, 2, folder",
-    ),
+    ("agent", "b25", "atari", ".div_(255)", ""),
+    ("envs", "b26", "atari", '"episodic_life": False', '"episodic_life": True'),
+    ("envs", "b27_rewards_are_signs", "atari", "LearningEnvs(envs)", RECORDS_SIGNS),
+    ("rollout", "b28", "discrete", "super().step(actions)", CARRIES_ON),
+    ("checkpoint", "b29_evaluation", "continuous", "as_tensor(obs))", "as_tensor(obs), update=True)"),
+    ("rollout", "b30", "discrete", "agent.normalize(final_obs)", "final_obs.float()"),
+    ("rollout", "b31", "continuous", 'and_value(mb["obs"]', 'and_value(agent.normalize(mb["obs"])'),
+    ("agent", "b32_running_mean_var", "discrete", "** 2).sum(0)", "** 2).mean(0)"),
+    ("envs", "b33_reward_scale_is", "continuous", "[terminated | truncated]", "[terminated]"),
+    ("envs", "b34", "discrete", "statistics, self.discounted", "statistics, self.discounted[None]"),
+    ("evaluate", "b35_evaluation", "discrete", "make_envs(args, 1, folder", "make_envs(args, 2, folder"),
     ("rollout", "b36", "discrete", "seed=args.seed + global_step", "seed=[args.seed + global_step] * N"),
-    ("checkpoint", "b37_same_seed", "continuous", "torch.manual_seed(args.seed)", "pass"),
-    (
-        "checkpoint",
-        "b38_resumed_run_is and discrete-clip",
-        "discrete",
-        'optimizer.load_state_dict(checkpoint["optimizer"])',
-        "pass",
-    ),
-    (
-        "rollout",
-        "b39_vector",
-        "discrete",
-        "next_obs, rewards[t], terminated, truncated, infos = envs",
-        STORES_LATE,
-    ),
-    ("rollout", "b40_actions", "continuous", "np.clip(actions, space.low, space.high)", "actions"),
-    (
-        "update",
-        "b41",
-        "atari",
-        "(returns - values).var() / returns.var()",
-        "(returns - values).var() / values.var()",
-    ),
-    ("loss", "b42_ratio", "discrete", "ratio = logratio.exp()", "ratio = newlogprob.exp() / logprobs.exp()"),
+    ("checkpoint", "b37", "continuous", "torch.manual_seed(args.seed)", "pass"),
+    ("checkpoint", "b38_resumed_run_is and discrete-clip", "discrete", "optimizer.load_state_dict", "dict"),
+    ("rollout", "b39_vector", "discrete", STEPS, STORES_LATE),
+    ("rollout", "b40", "continuous", "np.clip(actions, space.low, space.high)", "actions"),
+    ("update", "b41", "atari", "/ returns.var()", "/ values.var()"),
+    ("loss", "b42", "discrete", "ratio = logratio.exp()", "ratio = newlogprob.exp() / logprobs.exp()"),
     ("learning", "b43_values", "discrete", "+ args.vf_coef", "- args.vf_coef"),
 ]
 MUTANTS = [Mutant(*fields) for fields in MUTANTS]
 
 
-def copy_scripts(folder):
-    for name in NAMES:
-        shutil.copy(ROOT / f"{name}.py", folder)
-
-
 def pytest(folder, files, expression):
-    """(exit code, output) of the tests on the scripts in a folder."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", expression]
+    """(exit code, output) of the tests on the scripts in a folder, which have to import first."""
+    imports = f"import sys, {', '.join(NAMES)}, pytest; print('imported', flush=True)"
+    flags = ["-x", "-q", "-p", "no:cacheprovider", "-k", expression]
     paths = [str(ROOT / "tests" / f"test_{file}.py") for file in sorted(files)]
     environment = os.environ | {"PPO_SCRIPTS": folder}
-    run = subprocess.run([*command, *paths], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", f"{imports}; sys.exit(pytest.main(sys.argv[1:]))", *flags, *paths]
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     return run.returncode, run.stdout + run.stderr
 
 
-def outcome(mutant):
-    """(caught, ALIVE, STALE or BROKEN; the reason)"""
-    name = f"ppo_{mutant.script}"
-    source = (ROOT / f"{name}.py").read_text()
+def outcome(mutant, clean):
+    """Of a mutant of the scripts in folder clean: caught, ALIVE, STALE or BROKEN; and the reason."""
+    name = f"ppo_{mutant.script}.py"
+    source = Path(clean, name).read_text()
     if source.count(mutant.old) != 1:
-        return "STALE", f"{mutant.old!r} is {source.count(mutant.old)} times in {name}.py"
+        return "STALE", f"{mutant.old!r} is {source.count(mutant.old)} times in {name}"
     with tempfile.TemporaryDirectory() as folder:
-        copy_scripts(folder)
-        Path(folder, f"{name}.py").write_text(source.replace(mutant.old, mutant.new))
-        imports = [sys.executable, "-c", f"import {name}"]
-        run = subprocess.run(imports, cwd=folder, capture_output=True, text=True)
-        if run.returncode != 0:
-            return "BROKEN", f"{name}.py does not import: {run.stderr.strip().splitlines()[-1]}"
+        shutil.copytree(clean, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        Path(folder, name).write_text(source.replace(mutant.old, mutant.new))
         code, output = pytest(folder, [mutant.file], mutant.expression)
+    if not output.startswith("imported\n"):
+        return "BROKEN", f"{name} does not import: {output.strip()[-100:]}"
     if code == 0:
         return "ALIVE", "the test passes"
     errors = re.findall(r"^E +(.*)", output, re.M) or [""]
@@ -221,18 +147,20 @@ def main():
     wanted = [x for x in MUTANTS if not args.which or any(is_wanted(x, part) for part in args.which)]
     if not wanted:
         sys.exit("no such mutant")
-    with tempfile.TemporaryDirectory() as folder:
-        copy_scripts(folder)
+    with tempfile.TemporaryDirectory() as clean:
+        for name in NAMES:
+            shutil.copy(ROOT / f"{name}.py", clean)
         expression = " or ".join(mutant.expression for mutant in wanted)
-        code, output = pytest(folder, {mutant.file for mutant in wanted}, expression)
-    if code != 0:
-        sys.exit(f"{output}\nthe tests do not pass on unchanged scripts: no mutant was tried")
-    caught = 0
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for mutant, (result, reason) in zip(wanted, pool.map(outcome, wanted), strict=True):
-            caught += result == "caught"
-            where = f"ppo_{mutant.script}.py by test_{mutant.file}.py {mutant.test}"
-            print(f"{result:6} B{mutant.bug} in {where}: {reason}", flush=True)
+        code, output = pytest(clean, {mutant.file for mutant in wanted}, expression)
+        if code != 0:
+            sys.exit(f"{output}\nthe tests do not pass on unchanged scripts: no mutant was tried")
+        caught = 0
+        with ThreadPoolExecutor(args.jobs) as pool:
+            results = pool.map(outcome, wanted, [clean] * len(wanted))
+            for mutant, (result, reason) in zip(wanted, results, strict=True):
+                caught += result == "caught"
+                where = f"ppo_{mutant.script}.py by test_{mutant.file}.py {mutant.test}"
+                print(f"{result:6} B{mutant.bug} in {where}: {reason}", flush=True)
     print(f"{caught} of {len(wanted)} mutants caught")
     sys.exit(caught < len(wanted))
 
