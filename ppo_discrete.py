@@ -376,12 +376,13 @@ def adapt_kl_coef(kl_coef, agent, batch, target):
 
 def running_mean_var(mean, var, count, batch):
     """Mean, variance and count of all samples so far, those of batch (N, ...) included; arrays or tensors.
-    Merges sums of squared deviations (Chan et al. 1979); E[x^2] - E[x]^2 could fall below 0 by rounding."""
-    batch_mean = batch.mean(0)
-    delta = batch_mean - mean
+    Merges sums of squared deviations (Chan et al. 1979): no difference that rounding could take below 0."""
     total = count + len(batch)
-    squares = var * count + ((batch - batch_mean) ** 2).sum(0) + delta**2 * (count * len(batch) / total)
-    return mean + delta * (len(batch) / total), squares / total, total
+    weight = len(batch) / total
+    batch_mean = batch.sum(0) / len(batch)
+    delta = batch_mean - mean
+    squares = var * count + ((batch - batch_mean) ** 2).sum(0) + delta**2 * (count * weight)
+    return mean + delta * weight, squares / total, total
 
 
 class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
@@ -389,12 +390,13 @@ class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
 
     def __init__(self, envs, args):
         super().__init__(envs)
+        self.space = envs.single_action_space
         self.norm_reward, self.gamma = args.norm_reward, args.gamma
         self.discounted = np.zeros(self.num_envs)  # (N,) discounted sum of the episode's rewards so far
         self.mean, self.var, self.count = 0.0, 1.0, 0.0  # of self.discounted, over all environments
 
     def step(self, actions):
-        actions = actions.astype(self.single_action_space.dtype)
+        actions = actions.astype(self.space.dtype)
         obs, rewards, terminated, truncated, infos = super().step(actions)
         if self.norm_reward:  # [cont 8] without subtracting a mean, which would change the task
             self.discounted = self.gamma * self.discounted + rewards
