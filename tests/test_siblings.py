@@ -147,6 +147,13 @@ def test_flags_that_mean_the_same_say_the_same(one, other):
 # --- sizes ---
 
 
+@pytest.mark.xfail(strict=True, reason="not met yet: what runs PPO takes some 80 lines more than it should")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_script_has_at_most_660_lines(name):
+    """More than that is no single file to read."""
+    assert len(text(name).splitlines()) <= 660
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_ppo_is_complete_after_360_lines(name):
     """Whoever stops at the end of train has read all of it."""
