@@ -1,0 +1,266 @@
+"""Train the recipes of recipes.toml, evaluate them, and add a row per run to results.csv.
+
+    pip install -r benchmark/requirements.txt
+    python benchmark/run.py cartpole halfcheetah        # recipes, or groups such as `defaults`; none: all
+    python benchmark/run.py defaults --list             # what is done, and what is left
+    python benchmark/plots.py && python benchmark/update_docs.py
+
+As many runs go on at once as there are cores, with one thread each. A run that has its row is left alone; one
+that was interrupted goes on from its checkpoint; --again runs what has a row once more and replaces the row.
+Each run trains a copy of its script as of the present commit, so that files may be edited meanwhile. Its
+directory is benchmark/runs/<recipe>-<seed>, with all that it printed in log.txt.
+
+results.csv: flags are all but --env-id, --seed, --num-threads and --run-dir; episodic_return is the mean raw
+return of the last 100 training episodes; eval_sampled and eval_deterministic are means over 100 episodes (20
+games of Pong) with seeds that training never used, with their standard deviations; wall_s and sps are of the
+training alone, with whatever else the machine did meanwhile: speed.csv is the place for speeds. commit is where
+the script came from. Rows from before a column existed have it empty. curves.csv has up to 200 points a run.
+"""
+
+import importlib
+import multiprocessing
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import gymnasium
+import pandas as pd
+import torch
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+RUNS = HERE / "runs"
+MOST_POINTS = 200  # of a curve in curves.csv
+
+
+class Run(NamedTuple):
+    recipe: str
+    script: str  # without .py
+    env_id: str
+    flags: str
+    patch: str  # a file of ablations/, or empty
+    seed: int
+    commit: str
+
+
+def read_recipes():
+    """{recipe: {group, script, env_id, flags, seeds, patch}} of recipes.toml."""
+    recipes = {}
+    for group, entries in tomllib.loads((HERE / "recipes.toml").read_text()).items():
+        for name, entry in entries.items():
+            defaults = {"group": group, "flags": "", "seeds": [1, 2, 3], "patch": ""}
+            recipes[name] = defaults | entry
+            recipes[name]["flags"] = " ".join(recipes[name]["flags"].split())
+    return recipes
+
+
+def git(*command):
+    """What a git command prints; bytes of files stay as they are."""
+    return subprocess.run(["git", *command], cwd=ROOT, check=True, capture_output=True).stdout
+
+
+def hardware():
+    """For instance `AMD EPYC, 1 of 2 cores`."""
+    name = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, 1 of {os.cpu_count()} cores"
+
+
+# ---------------------------------------- one run, in a process of its own ----------------------------------------
+
+
+def execute(run):
+    """Train (or go on), evaluate, and return a row of results.csv and the rows of curves.csv."""
+    run_dir = RUNS / f"{run.recipe}-{run.seed}"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    script = run_dir / f"{run.script}.py"
+    if not script.exists():
+        script.write_bytes(git("show", f"{run.commit}:{run.script}.py"))
+        if run.patch:
+            patch = HERE / "ablations" / run.patch
+            subprocess.run(["git", "apply", "--unsafe-paths", patch], cwd=run_dir, check=True)
+        (run_dir / "commit").write_text(run.commit)
+    train(run, run_dir, script)
+    return describe(run, run_dir, script)
+
+
+def train(run, run_dir, script):
+    checkpoint = run_dir / "checkpoint.pt"
+    command = [sys.executable, script.name]
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        batch = saved["args"]["num_steps"] * saved["args"]["num_envs"]
+        if saved["global_step"] + batch > saved["args"]["total_timesteps"]:
+            return
+        command += ["--resume", "."]
+    else:
+        command += ["--env-id", run.env_id, *shlex.split(run.flags)]
+        command += ["--seed", str(run.seed), "--num-threads", "1", "--run-dir", "."]
+    with (run_dir / "log.txt").open("a") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "60"}
+        subprocess.run(
+            [*command, "--eval-episodes", "0"],
+            cwd=run_dir,
+            env=environment,
+            check=True,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def describe(run, run_dir, script):
+    sys.path.insert(0, str(run_dir))
+    module = importlib.import_module(run.script)
+    assert Path(module.__file__) == script, f"{module.__file__} is not the script that was run"
+    torch.set_num_threads(1)
+    episodes = 20 if "Pong" in run.env_id else 100  # 20 games of Pong last as long as 100 of others
+    seed = 1_000_000 + run.seed
+    sampled = module.evaluate(run_dir, episodes, deterministic=False, seed=seed)
+    best = module.evaluate(run_dir, episodes, deterministic=True, seed=seed)
+
+    points, seconds = [], 0.0
+    for file in sorted(run_dir.glob("events.out.tfevents.*")):  # one per start of the script
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0})
+        events.Reload()
+        scalars = events.Tags()["scalars"]
+        if "charts/episodic_return" in scalars:
+            points = [x for x in points if x.step < events.Scalars("charts/episodic_return")[0].step]
+            points += events.Scalars("charts/episodic_return")
+        if "charts/SPS" in scalars:
+            seconds += events.Scalars("charts/SPS")[-1].wall_time - events.FirstEventTimestamp()
+    steps = torch.load(run_dir / "checkpoint.pt", weights_only=True)["global_step"]
+    row = {
+        "recipe": run.recipe,
+        "script": run.script,
+        "env_id": run.env_id,
+        "flags": run.flags,
+        "seed": run.seed,
+        "steps": steps,
+        "episodic_return": round(points[-1].value, 2) if points else "",
+        "eval_sampled": round(float(sampled.mean()), 2),
+        "eval_sampled_std": round(float(sampled.std(ddof=1)), 2),
+        "eval_deterministic": round(float(best.mean()), 2),
+        "eval_deterministic_std": round(float(best.std(ddof=1)), 2),
+        "wall_s": round(seconds),
+        "sps": round(steps / seconds),
+        "commit": (run_dir / "commit").read_text(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "threads": 1,
+        "torch": torch.__version__,
+        "gymnasium": gymnasium.__version__,
+        "python": platform.python_version(),
+        "hardware": hardware(),
+    }
+    every = -(-len(points) // MOST_POINTS)
+    curve = [
+        {"recipe": run.recipe, "seed": run.seed, "step": x.step, "return": round(x.value, 2)}
+        for x in points[::-every][::-1]  # counted from the end, so that the last point is among them
+    ]
+    return row, curve
+
+
+# ---------------------------------------- all of them ----------------------------------------
+
+
+def merge(path, new_rows):
+    """Put new_rows into a CSV file, in place of those of the same recipe and seed. Other rows stay as they are."""
+    rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+    new = pd.DataFrame(new_rows).astype(str)
+    keys = ["recipe", "seed"]
+    kept = rows[~rows.set_index(keys).index.isin(new.set_index(keys).index)]
+    rows = pd.concat([kept, new]).fillna("")
+    order = [*keys, "step"] if "step" in rows else keys
+    rows = rows.sort_values(order, key=lambda x: x if x.name == "recipe" else x.astype(int))
+    temporary = path.with_suffix(".tmp")  # an interrupted write must not cost the rows of days
+    rows.to_csv(temporary, index=False, lineterminator="\r\n")
+    temporary.replace(path)
+
+
+def choose(names, recipes):
+    """The recipes that names mean, each a recipe or a group; none means all."""
+    groups = {entry["group"] for entry in recipes.values()}
+    unknown = set(names) - groups - set(recipes)
+    if unknown:
+        sys.exit(f"error: {', '.join(sorted(unknown))}: neither a recipe nor a group of recipes.toml")
+    return {
+        name: entry
+        for name, entry in recipes.items()
+        if not names or name in names or entry["group"] in names
+    }
+
+
+def main(
+    names: tyro.conf.Positional[tuple[str, ...]] = (),
+    seeds: tuple[int, ...] = (),
+    jobs: int = os.cpu_count() or 1,
+    again: bool = False,
+    list: bool = False,  # noqa: A002
+):
+    """Run what has no row yet.
+
+    Args:
+        names: recipes or groups of recipes.toml; none: all.
+        seeds: instead of those of the table.
+        jobs: runs at once.
+        again: also what has a row, from the beginning.
+        list: only say what is done and what is left.
+    """
+    commit = git("rev-parse", "--short", "HEAD").decode().strip()
+    results = pd.read_csv(HERE / "results.csv", dtype=str, keep_default_na=False)
+    done = {(row.recipe, int(row.seed)) for row in results.itertuples() if row.commit}
+    todo = []
+    for name, entry in choose(names, read_recipes()).items():
+        for seed in seeds or entry["seeds"]:
+            finished = (name, seed) in done
+            if list:
+                print(f"{'done' if finished else 'to do':6} {name}-{seed}: {entry['script']}.py {entry['flags']}")
+            if finished and not again:
+                continue
+            fields = {key: entry[key] for key in ("script", "env_id", "flags", "patch")}
+            todo.append(Run(recipe=name, seed=seed, commit=commit, **fields))
+    if list or not todo:
+        print(f"{len(todo)} runs to do")
+        return
+    todo.sort(key=lambda run: run.seed)  # first one seed of everything, so that a gap shows early
+    if again:
+        for run in todo:
+            shutil.rmtree(RUNS / f"{run.recipe}-{run.seed}", ignore_errors=True)
+
+    failed = []
+    start = time.time()
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
+        futures = {pool.submit(execute, run): run for run in todo}
+        for count, future in enumerate(as_completed(futures), 1):
+            run = futures[future]
+            try:
+                row, curve = future.result()
+            except Exception as error:  # one run that fails leaves the others alone
+                failed.append(f"{run.recipe}-{run.seed}: {error}")
+                print(f"failed, see benchmark/runs/{run.recipe}-{run.seed}/log.txt: {error}", flush=True)
+                continue
+            merge(HERE / "results.csv", [row])
+            if curve:
+                merge(HERE / "curves.csv", curve)
+            minutes = (time.time() - start) / 60
+            returns = f"training {row['episodic_return']}, sampled {row['eval_sampled']}"
+            print(f"{count} of {len(todo)}, {minutes:.0f} min: {run.recipe}-{run.seed} {returns}", flush=True)
+    if failed:
+        sys.exit(f"{len(failed)} of {len(todo)} runs failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
