@@ -25,16 +25,16 @@ import ctypes
 import dataclasses
 import difflib
 import math
+import os
 import random
 import shlex
-import shutil
 import signal
 import sys
-import sysconfig
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from importlib import import_module, util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, get_args
 
 import ale_py
@@ -43,7 +43,7 @@ import numpy as np
 import torch
 import tyro
 from gymnasium.utils.save_video import save_video
-from torch import nn
+from torch import distributed, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -84,7 +84,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda if there is one, else the CPU
     num_threads: int = 0  # CPU threads of torch and of the emulators; 0: their choice
     torch_deterministic: bool = True  # on CUDA: only deterministic cuDNN kernels
-    compile: bool = False  # torch.compile: starts 5 to 20 s later, then runs faster
+    cuda_graphs: bool = False  # on CUDA: record the policy step and the gradient once, then replay them
     run_dir: str = ""  # directory to write to; empty: a new runs/<env>__<exp>__<seed>__<time>
     save_every: int = 50  # iterations between checkpoints; the last iteration always writes one
     resume: str = ""  # checkpoint.pt, or its directory, to continue with the flags it was started with
@@ -244,21 +244,26 @@ def train(args, stop_requested=lambda: False):
     """
     args, checkpoint = prepare(args)  # checks and seeds; checkpoint: what --resume continues, or None
     run_dir = Path(args.run_dir)
-    T, N = args.num_steps, args.num_envs
-    B = T * N
+    T, N = args.num_steps, args.num_envs // WORLD_SIZE  # N, M: of this process, if torchrun started several
+    B = T * args.num_envs
+    M = T * N // args.num_minibatches
     num_iterations = args.total_timesteps // B
     best = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(best if args.device == "auto" else args.device)
     keep_freed_memory(device)
+    if WORLD_SIZE > 1 and device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     envs = make_envs(args, N)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
-    kl_coef = torch.tensor(float(args.kl_penalty_coef))  # beta, used with --objective kl-penalty
+    kl_coef = torch.tensor(float(args.kl_penalty_coef), device=device)  # beta of the KL penalty
     global_step = checkpoint["global_step"] if checkpoint else 0
-    next_obs, _ = envs.reset(seed=args.seed + global_step)  # + global_step: resuming replays no episode
+    next_obs, _ = envs.reset(seed=args.seed + global_step + RANK * N)  # resuming replays no episode
     next_obs = torch.as_tensor(next_obs, device=device)
     if checkpoint:
         restore(checkpoint, agent, optimizer, envs, kl_coef)
+    if WORLD_SIZE > 1:
+        join_processes(agent, args.seed + global_step + RANK * N, device)
 
     obs = torch.zeros((T, N, *envs.single_observation_space.shape), dtype=torch.uint8, device=device)
     actions = torch.zeros((T, N, *envs.single_action_space.shape), dtype=torch.int64, device=device)
@@ -267,12 +272,14 @@ def train(args, stop_requested=lambda: False):
     rewards = np.zeros((T, N), np.float32)  # rewards and dones come from the environments: numpy
     dones = np.zeros((T, N), np.float32)
     act, backward = agent.act, compute_gradients
-    if args.compile:
-        torch.compiler.reset()  # train may run again in this process, with other arguments
-        act, backward = compiled(act, device), compiled(backward, device)
+    if args.cuda_graphs and device.type == "cuda":
+        act, backward = captured(act, agent), captured(backward, agent)
+    if WORLD_SIZE > 1:
+        backward = averaged(backward, args)
 
-    start_step, start_time = global_step, time.time()
-    with closing(envs), open_log(args, run_dir, global_step, device) as (writer, bar):
+    start_step, start_time, mean_return = global_step, time.time(), math.nan
+    log = open_log(args, run_dir, global_step, device) if RANK == 0 else nullcontext((None, None))
+    with closing(envs), log as (writer, bar):
         for iteration in range(global_step // B + 1, num_iterations + 1):
             # --- 1. learning rate: from learning_rate down to learning_rate / num_iterations [core 4] ---
             if args.anneal_lr:
@@ -311,7 +318,7 @@ def train(args, stop_requested=lambda: False):
             updates = []  # the stats of each optimiser step
             kl_exceeded = False
             for _ in range(args.update_epochs):
-                for mb_inds in torch.randperm(B, device=device).split(B // args.num_minibatches):  # (M,)
+                for mb_inds in torch.randperm(T * N, device=device).split(M):  # (M,)
                     optimizer.zero_grad()
                     stats = backward(agent, batch, mb_inds, args, kl_coef)
                     # [ours 3] before the step that goes too far; the first one starts at a KL of about 0
@@ -319,7 +326,7 @@ def train(args, stop_requested=lambda: False):
                         kl_exceeded = True
                         break
                     optimizer.step()
-                    updates.append(stats)
+                    updates.append(torch.stack(list(stats.values())))
                 if kl_exceeded:
                     break
             charts = {"learning_rate": optimizer.param_groups[0]["lr"], "updates": len(updates)}
@@ -333,15 +340,19 @@ def train(args, stop_requested=lambda: False):
             charts["SPS"] = (global_step - start_step) / (now - start_time)
             charts["SPS_rollout"] = B / (update_start - rollout_start)
             charts["SPS_update"] = B / (now - update_start)
-            losses = {name: torch.stack([x[name] for x in updates]).mean().item() for name in updates[0]}
+            losses = dict(zip(stats, torch.stack(updates).mean(0).tolist(), strict=True))
             check_finite(args, losses, agent, obs, rewards)  # [ours 5] before such weights are saved
             losses["explained_variance"] = math.nan
             if returns.var() > 0:
                 losses["explained_variance"] = 1 - (returns - values).var() / returns.var()
-            last_iteration = iteration == num_iterations or stop_requested()
-            if iteration % args.save_every == 0 or last_iteration:
+            episodes, stop = envs, stop_requested()
+            if WORLD_SIZE > 1:
+                episodes, stop = merged(envs, stop, kl_coef)
+            last_iteration = iteration == num_iterations or stop
+            if RANK == 0 and (iteration % args.save_every == 0 or last_iteration):
                 save_checkpoint(args, iteration, agent, optimizer, envs, kl_coef)
-            mean_return = write_log(writer, bar, charts, losses, envs, global_step, B)
+            if RANK == 0:
+                mean_return = write_log(writer, bar, charts, losses, episodes, global_step, B)
             if last_iteration:
                 break
     return {"episodic_return": mean_return, "global_step": global_step, "run_dir": run_dir, "agent": agent}
@@ -454,11 +465,14 @@ def make_envs(args, num_envs, video_folder=None):
 
 # ------------------- what runs it: nothing below changes the algorithm -------------------
 
+# set by torchrun, which starts a process per GPU; without it there is one
+WORLD_SIZE, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 SCRIPT = "ppo_atari"  # written into checkpoints, so that another script refuses them
 EVALUATION = {"eval_episodes", "deterministic", "capture_video", "num_threads"}
 EVALUATE_MAY_CHANGE = EVALUATION | {"evaluate", "seed", "max_episode_steps"}
+MACHINE = {"device", "cuda_graphs"}
 TRACKING = {"track", "wandb_project_name", "wandb_entity"}
-RESUME_MAY_CHANGE = EVALUATION | TRACKING | {"resume", "total_timesteps", "save_every", "device", "compile"}
+RESUME_MAY_CHANGE = EVALUATION | MACHINE | TRACKING | {"resume", "total_timesteps", "save_every"}
 COUNTS = {"num_envs", "num_steps", "num_minibatches", "update_epochs", "save_every"}
 LIMITS = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9)} | dict.fromkeys(COUNTS, (1, math.inf))
 
@@ -487,7 +501,9 @@ def check_args(args):
             require(fits, f"{flag}: use a finite number from {low} to {high}")
         if kind is str and choices:
             require(value in choices, f"{flag}: use one of {', '.join(choices)}")
-    B, parts = args.num_steps * args.num_envs, args.num_minibatches
+    shared = f"--num-envs {args.num_envs}: use a multiple of {WORLD_SIZE}, the processes of torchrun"
+    require(args.num_envs % WORLD_SIZE == 0, shared)
+    B, parts = args.num_steps * args.num_envs // WORLD_SIZE, args.num_minibatches  # of one process
     equal = B % parts == 0 and (B > parts or not args.norm_adv)  # the std of one advantage would be nan
     sizes = f"--num-steps {args.num_steps} x --num-envs {args.num_envs} = {B} in --num-minibatches {parts}"
     require(equal, f"{sizes} must give equal parts of 2 or more (of 1 with --no-norm-adv): change one")
@@ -495,8 +511,6 @@ def check_args(args):
     require(found, f"--device {args.device}: torch finds none, use cpu")
     require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
     require(not args.capture_video or util.find_spec("moviepy"), "--capture-video: pip install moviepy")
-    can_compile = shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()
-    require(can_compile or not args.compile, "--compile: apt install g++ python3-dev, or --no-compile")
 
 
 def override(saved, args, defaults, may_change):
@@ -525,8 +539,6 @@ def prepare(args):
     run_dir = Path(args.run_dir if args.run_dir else f"runs/{name}")
     may_write = checkpoint or not (run_dir / "checkpoint.pt").exists()
     require(may_write, f"--run-dir {run_dir} holds a checkpoint: name another one, or --resume {run_dir}")
-    blocked = any(path.is_file() for path in (run_dir, *run_dir.parents))
-    require(not blocked, f"--run-dir {run_dir}: a file is in the way, name another one")
     if args.capture_video:  # what is missing for it shows now, not after the training
         make_envs(args, 1, str(run_dir / "videos")).close()
     random.seed(args.seed)
@@ -544,11 +556,78 @@ def keep_freed_memory(device):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
 
 
-def compiled(function, device):
-    """The function as one graph: the same numbers up to rounding, the same random numbers."""
-    torch._dynamo.config.trace_autograd_ops = True  # loss.backward() is part of a graph
-    options = {"fallback_random": True, "cpp_wrapper": device.type == "cpu"}
-    return torch.compile(function, fullgraph=True, options=options)
+def captured(function, agent):
+    """The function as a CUDA graph, which launches all its kernels at once. The first call records it; later
+    calls copy their tensors into those of the first one, and overwrite what the call before returned."""
+    graph, inputs, outputs, gradients = torch.cuda.CUDAGraph(), [], [], []
+
+    def record(args):
+        random_state = torch.cuda.get_rng_state()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries set themselves up in their first calls
+            for _ in range(3):
+                function(*args)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.set_rng_state(random_state)  # as if nothing had been drawn
+        agent.zero_grad()  # so that backward() makes new ones, in the memory of the graph
+        with torch.cuda.graph(graph):
+            outputs.append(function(*args))
+        gradients.extend(x.grad for x in agent.parameters())
+
+    def replay(*args):
+        nested = [x.values() if isinstance(x, dict) else [x] for x in args]
+        tensors = [x for values in nested for x in values if torch.is_tensor(x)]
+        if not inputs:
+            # autocast would cache weights in bf16, and the graph would use these for ever
+            with torch.autocast("cuda", enabled=False, cache_enabled=False):
+                record(args)
+            inputs.extend(tensors)
+        for old, new in zip(inputs, tensors, strict=True):
+            if old.data_ptr() != new.data_ptr():
+                old.copy_(new)
+        graph.replay()
+        for x, gradient in zip(agent.parameters(), gradients, strict=True):
+            x.grad = gradient  # zero_grad() took it away
+        return outputs[0]
+
+    return replay
+
+
+def join_processes(agent, seed, device):
+    """Connect with the other processes of torchrun: the same weights in all, random numbers of one's own."""
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    for x in agent.parameters():
+        distributed.broadcast(x.data, src=0)
+    torch.manual_seed(seed)
+
+
+def averaged(backward, args):
+    """backward, but its gradients and stats are means over the processes; clipping comes after that."""
+    unclipped = dataclasses.replace(args, max_grad_norm=0.0)
+    max_norm = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
+
+    def average(agent, batch, mb_inds, args, kl_coef):
+        stats = backward(agent, batch, mb_inds, unclipped, kl_coef)
+        parts = [x.grad for x in agent.parameters()] + list(stats.values())
+        flat = torch.cat([x.flatten() for x in parts])  # one message instead of one per tensor
+        distributed.all_reduce(flat)
+        for x, total in zip(parts, flat.split([x.numel() for x in parts]), strict=True):
+            x.copy_(total.view_as(x) / WORLD_SIZE)
+        stats["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), max_norm, foreach=False)
+        return stats
+
+    return average
+
+
+def merged(envs, stop, kl_coef):
+    """The last episodes of all processes; whether one of them has to stop. beta becomes that of rank 0."""
+    distributed.broadcast(kl_coef, src=0)
+    found = [None] * WORLD_SIZE
+    distributed.all_gather_object(found, (envs.return_queue, envs.length_queue, stop))
+    returns, lengths, stops = zip(*found, strict=True)
+    queues = {"return_queue": np.concatenate(returns), "length_queue": np.concatenate(lengths)}
+    return SimpleNamespace(**queues), any(stops)
 
 
 def save_checkpoint(args, iteration, agent, optimizer, envs, kl_coef):
@@ -598,8 +677,8 @@ def load_checkpoint(path):
     require(script == SCRIPT, f"{name}: written by {script}.py, use that script")
     try:
         saved = {key: value for key, value in checkpoint["args"].items() if value is not None}
-        if saved["precision"] == "auto":  # in older checkpoints
-            saved["precision"] = "fp32"
+        saved.pop("compile", None)  # in older checkpoints, as is precision "auto"
+        saved["precision"] = saved["precision"].replace("auto", "fp32")
         args = Args(**saved | {"run_dir": str(path.parent)})
         obs_shape, num_actions = checkpoint["shapes"]
         observation_space = gym.spaces.Box(0, 255, obs_shape, np.uint8)
@@ -673,7 +752,7 @@ def open_log(args, run_dir, global_step, device):
 def write_log(writer, bar, charts, losses, envs, global_step, steps):
     """A point of each curve, and the progress bar; returns the mean of the last up to 100 raw returns."""
     mean_return = math.nan
-    if envs.return_queue:
+    if len(envs.return_queue) > 0:
         charts["episodic_return"] = mean_return = float(np.mean(envs.return_queue))
         charts["episodic_length"] = np.mean(envs.length_queue)
     losses["policy_loss"], losses["value_loss"] = losses.pop("pg_loss"), losses.pop("v_loss")
@@ -691,13 +770,14 @@ def main():
 
     def on_signal(number, frame):  # the first one ends the iteration, a second one the process
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        # under torchrun Ctrl-C comes twice: from the terminal, and passed on by torchrun
+        signal.signal(number, signal.SIG_DFL if WORLD_SIZE == 1 else signal.SIG_IGN)
 
     args = tyro.cli(Args)
     try:
         checkpoint = args.evaluate
         if args.evaluate:  # parse again over the saved arguments: what differs from them was typed
-            own = EVALUATION | {"seed", "device", "compile", "track"}  # not taken from the training
+            own = EVALUATION | MACHINE | {"seed", "track"}  # not taken from the training
             at_default = {name: getattr(Args, name) for name in own}
             saved = dataclasses.replace(load_checkpoint(args.evaluate)["args"], **at_default)
             args = override(saved, tyro.cli(Args, default=saved), saved, EVALUATE_MAY_CHANGE)
@@ -709,12 +789,16 @@ def main():
             signal.signal(signal.SIGINT, on_signal)
             signal.signal(signal.SIGTERM, on_signal)
             checkpoint = train(args, stop_requested=lambda: bool(received))["run_dir"] / "checkpoint.pt"
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
             if received:
                 path = shlex.quote(str(checkpoint))
                 print(f"stopped by signal {received[0]}, go on with: {command} --resume {path}")
                 sys.exit(128 + received[0])
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if RANK > 0:
+                return
         if args.evaluate or args.eval_episodes > 0:
             how = args.deterministic, 10**6 + args.seed, args.capture_video
             limit = args.max_episode_steps
@@ -730,6 +814,11 @@ def main():
     except (UsageError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except RuntimeError as error:
+        if not distributed.is_initialized():
+            raise
+        cause = f"process {RANK} stops, another one may be gone ({error!s:.200})"
+        sys.exit(f"error: {cause}; go on from the newest checkpoint: torchrun ... --resume")
 
 
 if __name__ == "__main__":

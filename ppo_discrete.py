@@ -259,14 +259,15 @@ def train(args, stop_requested=lambda: False):
     run_dir = Path(args.run_dir)
     T, N = args.num_steps, args.num_envs
     B = T * N
+    M = B // args.num_minibatches
     num_iterations = args.total_timesteps // B
     device = torch.device("cpu" if args.device == "auto" else args.device)
     envs = make_envs(args, N)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
-    kl_coef = torch.tensor(float(args.kl_penalty_coef))  # beta, used with --objective kl-penalty
+    kl_coef = torch.tensor(float(args.kl_penalty_coef), device=device)  # beta of the KL penalty
     global_step = checkpoint["global_step"] if checkpoint else 0
-    next_obs, _ = envs.reset(seed=args.seed + global_step)  # + global_step: resuming replays no episode
+    next_obs, _ = envs.reset(seed=args.seed + global_step)  # resuming replays no episode
     next_obs = torch.as_tensor(next_obs, device=device)
     if checkpoint:
         restore(checkpoint, agent, optimizer, envs, kl_coef)
@@ -321,7 +322,7 @@ def train(args, stop_requested=lambda: False):
             updates = []  # the stats of each optimiser step
             kl_exceeded = False
             for _ in range(args.update_epochs):
-                for mb_inds in torch.randperm(B, device=device).split(B // args.num_minibatches):  # (M,)
+                for mb_inds in torch.randperm(B, device=device).split(M):  # (M,)
                     optimizer.zero_grad()
                     stats = backward(agent, batch, mb_inds, args, kl_coef)
                     # [ours 3] before the step that goes too far; the first one starts at a KL of about 0
@@ -329,7 +330,7 @@ def train(args, stop_requested=lambda: False):
                         kl_exceeded = True
                         break
                     optimizer.step()
-                    updates.append(stats)
+                    updates.append(torch.stack(list(stats.values())))
                 if kl_exceeded:
                     break
             charts = {"learning_rate": optimizer.param_groups[0]["lr"], "updates": len(updates)}
@@ -343,7 +344,7 @@ def train(args, stop_requested=lambda: False):
             charts["SPS"] = (global_step - start_step) / (now - start_time)
             charts["SPS_rollout"] = B / (update_start - rollout_start)
             charts["SPS_update"] = B / (now - update_start)
-            losses = {name: torch.stack([x[name] for x in updates]).mean().item() for name in updates[0]}
+            losses = dict(zip(stats, torch.stack(updates).mean(0).tolist(), strict=True))
             check_finite(args, losses, agent, obs, rewards)  # [ours 5] before such weights are saved
             losses["explained_variance"] = math.nan
             if returns.var() > 0:
@@ -465,8 +466,9 @@ def make_envs(args, num_envs, video_folder=None):
 SCRIPT = "ppo_discrete"  # written into checkpoints, so that another script refuses them
 EVALUATION = {"eval_episodes", "deterministic", "capture_video", "num_threads"}
 EVALUATE_MAY_CHANGE = EVALUATION | {"evaluate", "seed", "max_episode_steps"}
+MACHINE = {"device", "compile"}
 TRACKING = {"track", "wandb_project_name", "wandb_entity"}
-RESUME_MAY_CHANGE = EVALUATION | TRACKING | {"resume", "total_timesteps", "save_every", "device", "compile"}
+RESUME_MAY_CHANGE = EVALUATION | MACHINE | TRACKING | {"resume", "total_timesteps", "save_every"}
 COUNTS = {"num_envs", "num_steps", "num_minibatches", "update_epochs", "hidden_sizes", "save_every"}
 LIMITS = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9)} | dict.fromkeys(COUNTS, (1, math.inf))
 
@@ -532,8 +534,6 @@ def prepare(args):
     run_dir = Path(args.run_dir if args.run_dir else f"runs/{name}")
     may_write = checkpoint or not (run_dir / "checkpoint.pt").exists()
     require(may_write, f"--run-dir {run_dir} holds a checkpoint: name another one, or --resume {run_dir}")
-    blocked = any(path.is_file() for path in (run_dir, *run_dir.parents))
-    require(not blocked, f"--run-dir {run_dir}: a file is in the way, name another one")
     if args.capture_video:  # what is missing for it shows now, not after the training
         make_envs(args, 1, str(run_dir / "videos")).close()
     random.seed(args.seed)
@@ -673,7 +673,7 @@ def open_log(args, run_dir, global_step, device):
 def write_log(writer, bar, charts, losses, envs, global_step, steps):
     """A point of each curve, and the progress bar; returns the mean of the last up to 100 raw returns."""
     mean_return = math.nan
-    if envs.return_queue:
+    if len(envs.return_queue) > 0:
         charts["episodic_return"] = mean_return = float(np.mean(envs.return_queue))
         charts["episodic_length"] = np.mean(envs.length_queue)
     losses["policy_loss"], losses["value_loss"] = losses.pop("pg_loss"), losses.pop("v_loss")
@@ -697,7 +697,7 @@ def main():
     try:
         checkpoint = args.evaluate
         if args.evaluate:  # parse again over the saved arguments: what differs from them was typed
-            own = EVALUATION | {"seed", "device", "compile", "track"}  # not taken from the training
+            own = EVALUATION | MACHINE | {"seed", "track"}  # not taken from the training
             at_default = {name: getattr(Args, name) for name in own}
             saved = dataclasses.replace(load_checkpoint(args.evaluate)["args"], **at_default)
             args = override(saved, tyro.cli(Args, default=saved), saved, EVALUATE_MAY_CHANGE)

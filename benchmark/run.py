@@ -13,8 +13,8 @@ directory is benchmark/runs/<recipe>-<seed>, with all that it printed in log.txt
 results.csv: flags are all but --env-id, --seed, --num-threads and --run-dir; episodic_return is the mean raw
 return of the last 100 training episodes; eval_sampled and eval_deterministic are means over 100 episodes (20
 games of Pong) with seeds that training never used, with their standard deviations; wall_s and sps are of the
-training alone, with whatever else the machine did meanwhile: speed.csv is the place for speeds. commit is where
-the script came from. Rows from before a column existed have it empty. curves.csv has up to 200 points a run.
+training alone, with whatever else the machine did meanwhile: speeds are in speed.csv. commit is that of the
+script. Rows from before a column existed have it empty. curves.csv has up to 200 points a run.
 """
 
 import importlib
@@ -79,11 +79,12 @@ def hardware():
     return f"{name}, 1 of {os.cpu_count()} cores"
 
 
-# ---------------------------------------- one run, in a process of its own ----------------------------------------
+# ---------------------------------------- one run, in a process of its own ----------------------------
 
 
 def execute(run):
     """Train (or go on), evaluate, and return a row of results.csv and the rows of curves.csv."""
+    os.environ["TQDM_DISABLE"] = "1"  # of evaluate
     run_dir = RUNS / f"{run.recipe}-{run.seed}"
     run_dir.mkdir(parents=True, exist_ok=True)
     script = run_dir / f"{run.script}.py"
@@ -172,11 +173,11 @@ def describe(run, run_dir, script):
     return row, curve
 
 
-# ---------------------------------------- all of them ----------------------------------------
+# ---------------------------------------- all of them -------------------------------------------------
 
 
 def merge(path, new_rows):
-    """Put new_rows into a CSV file, in place of those of the same recipe and seed. Other rows stay as they are."""
+    """Put new_rows into a CSV file, in place of those of the same recipe and seed."""
     rows = pd.read_csv(path, dtype=str, keep_default_na=False)
     new = pd.DataFrame(new_rows).astype(str)
     keys = ["recipe", "seed"]
@@ -207,7 +208,7 @@ def main(
     seeds: tuple[int, ...] = (),
     jobs: int = os.cpu_count() or 1,
     again: bool = False,
-    list: bool = False,  # noqa: A002
+    list: bool = False,
 ):
     """Run what has no row yet.
 
@@ -226,7 +227,8 @@ def main(
         for seed in seeds or entry["seeds"]:
             finished = (name, seed) in done
             if list:
-                print(f"{'done' if finished else 'to do':6} {name}-{seed}: {entry['script']}.py {entry['flags']}")
+                command = f"{entry['script']}.py --env-id {entry['env_id']} {entry['flags']}"
+                print("done " if finished else "to do", f"{name}-{seed}: {command}")
             if finished and not again:
                 continue
             fields = {key: entry[key] for key in ("script", "env_id", "flags", "patch")}
