@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "tyro==1.0.17", "tensorboard==2.21.0",
-#                 "tqdm==4.70.1", "moviepy==2.2.1", "ale-py==0.12.1"]
+#                 "tqdm==4.70.1", "filelock==4.2.12", "moviepy==2.2.1", "ale-py==0.12.1"]
 # ///
 """PPO for Atari 2600 games from pixels: the whole algorithm in one file.
 
@@ -31,7 +31,8 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import closing, contextmanager, nullcontext
+import zipfile
+from contextlib import closing, contextmanager, nullcontext, suppress
 from importlib import import_module, util
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +43,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from filelock import FileLock, Timeout
 from gymnasium.utils.save_video import save_video
 from torch import distributed, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -341,7 +343,7 @@ def train(args, stop_requested=lambda: False):
             charts["SPS_rollout"] = B / (update_start - rollout_start)
             charts["SPS_update"] = B / (now - update_start)
             losses = dict(zip(stats, torch.stack(updates).mean(0).tolist(), strict=True))
-            check_finite(args, losses, agent, obs, rewards)  # [ours 5] before such weights are saved
+            check_finite(args, losses, agent, obs, rewards, global_step)  # [ours 5] before it is saved
             losses["explained_variance"] = math.nan
             if returns.var() > 0:
                 losses["explained_variance"] = 1 - (returns - values).var() / returns.var()
@@ -648,8 +650,18 @@ def save_checkpoint(args, iteration, agent, optimizer, envs, kl_coef):
         "cuda_rng": torch.cuda.get_rng_state_all() if cuda else [],
     }
     path = Path(args.run_dir, "checkpoint.pt")
-    torch.save(checkpoint, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)  # a crash leaves the old file or the new one, never half of one
+    temporary = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
+        with temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk, before it takes the place of the one before
+        temporary.replace(path)  # a crash leaves the old file or the new one, never half of one
+    except (OSError, RuntimeError) as error:  # torch has a RuntimeError for a full disk
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: not written, the one before it is kept, --resume that ({error})") from error
 
 
 def restore(checkpoint, agent, optimizer, envs, kl_coef):
@@ -670,6 +682,8 @@ def load_checkpoint(path):
     name = f"--resume or --evaluate {path}"
     require(path.is_file(), f"{name}: no such file, name the directory of a run or its checkpoint.pt")
     try:
+        if zipfile.ZipFile(path).testzip() is not None:  # torch.load does not compare the checksums
+            raise ValueError("its checksums differ")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
         script = checkpoint["script"]
     except Exception as error:  # torch.load does not say what a damaged file raises
@@ -720,14 +734,14 @@ def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=10**6, captu
     return np.array(returns)
 
 
-def check_finite(args, losses, agent, obs, rewards):
+def check_finite(args, losses, agent, obs, rewards, global_step):
     """FloatingPointError if something that the training rests on is nan or infinite."""
     weights = sum(x.sum() for x in agent.state_dict().values())
     sums = losses | {"observations": obs.sum(), "rewards": rewards.sum(), "weights": weights}
     broken = [name for name, number in sums.items() if not math.isfinite(number)]
     fix = f"look at --env-id {args.env_id} or lower --learning-rate {args.learning_rate}; not saved"
     if broken:
-        raise FloatingPointError(f"nan or infinity in {', '.join(broken)}: {fix}")
+        raise FloatingPointError(f"nan or infinity in {', '.join(broken)} by step {global_step}: {fix}")
 
 
 @contextmanager
@@ -735,8 +749,12 @@ def open_log(args, run_dir, global_step, device):
     """Create the run directory, start Weights & Biases on request; yield TensorBoard's writer, the bar."""
     B = args.num_steps * args.num_envs
     iterations = args.total_timesteps // B
+    lock = FileLock(run_dir / ".lock", blocking=False)  # the system opens it when the process ends
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UsageError(f"--run-dir {run_dir}: another run writes to it, name another one") from error
     except OSError as error:
         raise UsageError(f"--run-dir {run_dir}: {error.strerror}, name another one") from error
     if args.track:
@@ -745,8 +763,12 @@ def open_log(args, run_dir, global_step, device):
     print(f"{run_dir}: {iterations} iterations of {B} steps = {iterations * B:,} on {device}")
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if global_step > 0 else None)
     writer.add_text("hyperparameters", "  \n".join(f"{name}: {value}" for name, value in vars(args).items()))
-    with writer, tqdm(total=iterations * B, initial=global_step, unit="step", unit_scale=True) as bar:
-        yield writer, bar
+    try:
+        with lock, tqdm(total=iterations * B, initial=global_step, unit="step", unit_scale=True) as bar:
+            yield writer, bar
+    finally:
+        with suppress(OSError):
+            writer.close()
 
 
 def write_log(writer, bar, charts, losses, envs, global_step, steps):
@@ -756,16 +778,20 @@ def write_log(writer, bar, charts, losses, envs, global_step, steps):
         charts["episodic_return"] = mean_return = float(np.mean(envs.return_queue))
         charts["episodic_length"] = np.mean(envs.length_queue)
     losses["policy_loss"], losses["value_loss"] = losses.pop("pg_loss"), losses.pop("v_loss")
-    for group, curves in {"charts": charts, "losses": losses}.items():
-        for name, value in curves.items():
-            writer.add_scalar(f"{group}/{name}", value, global_step)
-    bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
+    missing = ""
+    try:
+        for group, curves in {"charts": charts, "losses": losses}.items():
+            for name, value in curves.items():
+                writer.add_scalar(f"{group}/{name}", value, global_step)
+    except OSError as error:  # a full disk, say, takes points of the curves, but not the training
+        missing = f", not logged: {error.strerror}"
+    bar.set_postfix_str(f"return {mean_return:.1f}{missing}", refresh=False)
     bar.update(steps)
     return mean_return
 
 
 def main():
-    """The command line. Exit codes: 2 bad input, 1 nan or infinity, 130 and 143 stopped by a signal."""
+    """The command line. Exit codes: 2 bad input, 1 nan or disk error, 130 and 143 stopped by a signal."""
     received, command = [], f"python {sys.argv[0]}"
 
     def on_signal(number, frame):  # the first one ends the iteration, a second one the process
@@ -811,10 +837,13 @@ def main():
         print(f"evaluate it: {command} --evaluate {path} --eval-episodes 100 --capture-video")
         print(f"train on:    {command} --resume {path} --total-timesteps {2 * saved['global_step']}")
         print(f"look at it:  tensorboard --logdir {shlex.quote(saved['args'].run_dir)} (and its videos/)")
-    except (UsageError, FloatingPointError) as error:
+    except (UsageError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
-    except RuntimeError as error:
+    except Exception as error:
+        if received:
+            print(f"stopped by signal {received[0]} ({error!r:.100}), not saved", file=sys.stderr)
+            sys.exit(128 + received[0])
         if not distributed.is_initialized():
             raise
         cause = f"process {RANK} stops, another one may be gone ({error!s:.200})"

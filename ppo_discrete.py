@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "tyro==1.0.17", "tensorboard==2.21.0",
-#                 "tqdm==4.70.1", "moviepy==2.2.1", "pygame-ce==2.5.8"]
+#                 "tqdm==4.70.1", "filelock==4.2.12", "moviepy==2.2.1", "pygame-ce==2.5.8"]
 # ///
 """PPO for discrete actions and vector observations: the whole algorithm in one file.
 
@@ -24,14 +24,15 @@ the episode; CleanRL keeps that in dones[t + 1].
 
 import dataclasses
 import math
+import multiprocessing
+import os
 import random
 import shlex
-import shutil
 import signal
 import sys
-import sysconfig
 import time
-from contextlib import closing, contextmanager
+import zipfile
+from contextlib import closing, contextmanager, suppress
 from importlib import import_module, util
 from pathlib import Path
 from typing import Literal, get_args
@@ -40,6 +41,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -345,7 +347,7 @@ def train(args, stop_requested=lambda: False):
             charts["SPS_rollout"] = B / (update_start - rollout_start)
             charts["SPS_update"] = B / (now - update_start)
             losses = dict(zip(stats, torch.stack(updates).mean(0).tolist(), strict=True))
-            check_finite(args, losses, agent, obs, rewards)  # [ours 5] before such weights are saved
+            check_finite(args, losses, agent, obs, rewards, global_step)  # [ours 5] before it is saved
             losses["explained_variance"] = math.nan
             if returns.var() > 0:
                 losses["explained_variance"] = 1 - (returns - values).var() / returns.var()
@@ -393,12 +395,17 @@ class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
         super().__init__(envs)
         self.space = envs.single_action_space
         self.norm_reward, self.gamma = args.norm_reward, args.gamma
+        self.env_id = args.env_id
         self.discounted = np.zeros(self.num_envs)  # (N,) discounted sum of the episode's rewards so far
         self.mean, self.var, self.count = 0.0, 1.0, 0.0  # of self.discounted, over all environments
 
     def step(self, actions):
         actions = actions.astype(self.space.dtype)
-        obs, rewards, terminated, truncated, infos = super().step(actions)
+        try:
+            obs, rewards, terminated, truncated, infos = super().step(actions)
+        except Exception as error:
+            error.add_note(f"--env-id {self.env_id}: after {self.episode_lengths} steps of the episodes")
+            raise
         if self.norm_reward:  # [cont 8] without subtracting a mean, which would change the task
             self.discounted = self.gamma * self.discounted + rewards
             statistics = self.mean, self.var, self.count
@@ -406,6 +413,13 @@ class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
             self.discounted[terminated | truncated] = 0
             rewards = (rewards / np.sqrt(self.var + 1e-8)).clip(-10, 10)  # [cont 9]
         return obs, rewards, terminated, truncated, infos
+
+    def close(self, **kwargs):
+        if sys.exc_info()[0] is None:
+            super().close(**kwargs)
+        else:
+            with suppress(Exception):  # after an error no process of --vectorization async is waited for
+                super().close(terminate=True)
 
 
 class DropInfos(gym.Wrapper):
@@ -420,11 +434,23 @@ class DropInfos(gym.Wrapper):
         return obs, reward, terminated, truncated, {}
 
 
+def start_worker(seed):
+    """In a process of --vectorization async: signals are for main, random numbers are its own."""
+    name = multiprocessing.current_process().name  # such as Worker<AsyncVectorEnv>-3
+    if name.startswith("Worker<"):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        number = int(name.rpartition("-")[2])
+        random.seed(seed + number)
+        np.random.seed(seed + number)
+
+
 def make_envs(args, num_envs, video_folder=None):
     """num_envs environments as one [core 1], which films its first episode if there is a video_folder.
     UsageError if they cannot be made or are not for this script."""
 
     def wrap(env):
+        start_worker(args.seed)
         name, actions, shape = f"--env-id {args.env_id}", env.action_space, env.observation_space.shape or ()
         fits = isinstance(actions, gym.spaces.Discrete | gym.spaces.MultiDiscrete) and not actions.start.any()
         require(fits, f"{name} acts in {actions}, not in (Multi)Discrete from 0 (a Box: ppo_continuous.py)")
@@ -447,13 +473,11 @@ def make_envs(args, num_envs, video_folder=None):
             vector_kwargs={"autoreset_mode": autoreset_mode},
             wrappers=[wrap],
             max_episode_steps=args.max_episode_steps if args.max_episode_steps > 0 else None,
-            render_mode="rgb_array" if video_folder else None,
+            **({"render_mode": "rgb_array"} if video_folder else {}),  # some know no such argument
         )
     except Exception as error:
-        unforeseen = not (
-            video_folder or isinstance(error, gym.error.Error | ImportError)
-        )  # renderers raise any
-        if unforeseen or isinstance(error, UsageError):
+        foreseen = video_folder or isinstance(error, gym.error.Error | ImportError)  # renderers raise any
+        if not foreseen or isinstance(error, UsageError):
             raise
         flags = f"--env-id {args.env_id} --capture-video" if video_folder else f"--env-id {args.env_id}"
         raise UsageError(f"{flags}: {' '.join(str(error).split())}") from error
@@ -504,8 +528,6 @@ def check_args(args):
     require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: torch finds none, use cpu")
     require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
     require(not args.capture_video or util.find_spec("moviepy"), "--capture-video: pip install moviepy")
-    can_compile = shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()
-    require(can_compile or not args.compile, "--compile: apt install g++ python3-dev, or --no-compile")
 
 
 def override(saved, args, defaults, may_change):
@@ -536,6 +558,8 @@ def prepare(args):
     require(may_write, f"--run-dir {run_dir} holds a checkpoint: name another one, or --resume {run_dir}")
     if args.capture_video:  # what is missing for it shows now, not after the training
         make_envs(args, 1, str(run_dir / "videos")).close()
+    if args.compile:
+        try_compiler()
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -548,6 +572,15 @@ def compiled(function, device):
     torch._dynamo.config.trace_autograd_ops = True  # loss.backward() is part of a graph
     options = {"fallback_random": True, "cpp_wrapper": device.type == "cpu"}
     return torch.compile(function, fullgraph=True, options=options)
+
+
+def try_compiler():
+    """UsageError if nothing can be compiled here: no compiler, no headers of Python, no place to write."""
+    try:
+        compiled(torch.sin, torch.device("cpu"))(torch.zeros(1))
+    except Exception as error:
+        hint = "apt install g++ python3-dev, or --no-compile"
+        raise UsageError(f"--compile: {hint} ({' '.join(str(error).split()):.200})") from error
 
 
 def save_checkpoint(args, iteration, agent, optimizer, envs, kl_coef):
@@ -569,8 +602,18 @@ def save_checkpoint(args, iteration, agent, optimizer, envs, kl_coef):
         "cuda_rng": torch.cuda.get_rng_state_all() if cuda else [],
     }
     path = Path(args.run_dir, "checkpoint.pt")
-    torch.save(checkpoint, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)  # a crash leaves the old file or the new one, never half of one
+    temporary = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
+        with temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk, before it takes the place of the one before
+        temporary.replace(path)  # a crash leaves the old file or the new one, never half of one
+    except (OSError, RuntimeError) as error:  # torch has a RuntimeError for a full disk
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: not written, the one before it is kept, --resume that ({error})") from error
 
 
 def restore(checkpoint, agent, optimizer, envs, kl_coef):
@@ -593,6 +636,8 @@ def load_checkpoint(path):
     name = f"--resume or --evaluate {path}"
     require(path.is_file(), f"{name}: no such file, name the directory of a run or its checkpoint.pt")
     try:
+        if zipfile.ZipFile(path).testzip() is not None:  # torch.load does not compare the checksums
+            raise ValueError("its checksums differ")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
         script = checkpoint["script"]
     except Exception as error:  # torch.load does not say what a damaged file raises
@@ -641,14 +686,14 @@ def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=10**6, captu
     return np.array(returns)
 
 
-def check_finite(args, losses, agent, obs, rewards):
+def check_finite(args, losses, agent, obs, rewards, global_step):
     """FloatingPointError if something that the training rests on is nan or infinite."""
     weights = sum(x.sum() for x in agent.state_dict().values())
     sums = losses | {"observations": obs.sum(), "rewards": rewards.sum(), "weights": weights}
     broken = [name for name, number in sums.items() if not math.isfinite(number)]
     fix = f"look at --env-id {args.env_id} or lower --learning-rate {args.learning_rate}; not saved"
     if broken:
-        raise FloatingPointError(f"nan or infinity in {', '.join(broken)}: {fix}")
+        raise FloatingPointError(f"nan or infinity in {', '.join(broken)} by step {global_step}: {fix}")
 
 
 @contextmanager
@@ -656,8 +701,12 @@ def open_log(args, run_dir, global_step, device):
     """Create the run directory, start Weights & Biases on request; yield TensorBoard's writer, the bar."""
     B = args.num_steps * args.num_envs
     iterations = args.total_timesteps // B
+    lock = FileLock(run_dir / ".lock", blocking=False)  # the system opens it when the process ends
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UsageError(f"--run-dir {run_dir}: another run writes to it, name another one") from error
     except OSError as error:
         raise UsageError(f"--run-dir {run_dir}: {error.strerror}, name another one") from error
     if args.track:
@@ -666,8 +715,12 @@ def open_log(args, run_dir, global_step, device):
     print(f"{run_dir}: {iterations} iterations of {B} steps = {iterations * B:,} on {device}")
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if global_step > 0 else None)
     writer.add_text("hyperparameters", "  \n".join(f"{name}: {value}" for name, value in vars(args).items()))
-    with writer, tqdm(total=iterations * B, initial=global_step, unit="step", unit_scale=True) as bar:
-        yield writer, bar
+    try:
+        with lock, tqdm(total=iterations * B, initial=global_step, unit="step", unit_scale=True) as bar:
+            yield writer, bar
+    finally:
+        with suppress(OSError):
+            writer.close()
 
 
 def write_log(writer, bar, charts, losses, envs, global_step, steps):
@@ -677,16 +730,20 @@ def write_log(writer, bar, charts, losses, envs, global_step, steps):
         charts["episodic_return"] = mean_return = float(np.mean(envs.return_queue))
         charts["episodic_length"] = np.mean(envs.length_queue)
     losses["policy_loss"], losses["value_loss"] = losses.pop("pg_loss"), losses.pop("v_loss")
-    for group, curves in {"charts": charts, "losses": losses}.items():
-        for name, value in curves.items():
-            writer.add_scalar(f"{group}/{name}", value, global_step)
-    bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
+    missing = ""
+    try:
+        for group, curves in {"charts": charts, "losses": losses}.items():
+            for name, value in curves.items():
+                writer.add_scalar(f"{group}/{name}", value, global_step)
+    except OSError as error:  # a full disk, say, takes points of the curves, but not the training
+        missing = f", not logged: {error.strerror}"
+    bar.set_postfix_str(f"return {mean_return:.1f}{missing}", refresh=False)
     bar.update(steps)
     return mean_return
 
 
 def main():
-    """The command line. Exit codes: 2 bad input, 1 nan or infinity, 130 and 143 stopped by a signal."""
+    """The command line. Exit codes: 2 bad input, 1 nan or disk error, 130 and 143 stopped by a signal."""
     received, command = [], f"python {sys.argv[0]}"
 
     def on_signal(number, frame):  # the first one ends the iteration, a second one the process
@@ -727,9 +784,15 @@ def main():
         print(f"evaluate it: {command} --evaluate {path} --eval-episodes 100 --capture-video")
         print(f"train on:    {command} --resume {path} --total-timesteps {2 * saved['global_step']}")
         print(f"look at it:  tensorboard --logdir {shlex.quote(saved['args'].run_dir)} (and its videos/)")
-    except (UsageError, FloatingPointError) as error:
+    except (UsageError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except Exception as error:
+        if not received:
+            raise
+        # Ctrl-C reaches a compiler or a worker process too, and then they fail
+        print(f"stopped by signal {received[0]} ({error!r:.100}), not saved", file=sys.stderr)
+        sys.exit(128 + received[0])
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class Run(NamedTuple):
     script: str  # without .py
     env_id: str
     flags: str
-    patch: str  # a file of ablations/, or empty
+    patch: str  # <script>-<patch>.patch of ablations/, or empty
     seed: int
     commit: str
 
@@ -91,8 +91,12 @@ def execute(run):
     if not script.exists():
         script.write_bytes(git("show", f"{run.commit}:{run.script}.py"))
         if run.patch:
-            patch = HERE / "ablations" / run.patch
-            subprocess.run(["git", "apply", "--unsafe-paths", patch], cwd=run_dir, check=True)
+            original = script.read_bytes()
+            # outside of a repository, as it were: inside of one, git takes paths from its top
+            alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(RUNS)}
+            patch = HERE / "ablations" / f"{run.script}-{run.patch}.patch"
+            subprocess.run(["git", "apply", patch], cwd=run_dir, env=alone, check=True)
+            assert script.read_bytes() != original, f"{patch} changed nothing"
         (run_dir / "commit").write_text(run.commit)
     train(run, run_dir, script)
     return describe(run, run_dir, script)

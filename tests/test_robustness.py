@@ -1,0 +1,400 @@
+"""What may go wrong around a training: kills, disks, environments, compilers, damaged files, odd numbers.
+
+LONG=1 python -m pytest tests/test_robustness.py runs more and longer; docs/contributing.md has the results.
+"""
+
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import bad_envs
+import numpy as np
+import pytest
+import torch
+from conftest import SCRIPTS, copied, plain, resume, same, saved, scalars, state, tiny
+
+LONG = bool(os.environ.get("LONG"))
+FAST = ["--num-envs", "2", "--num-steps", "32", "--num-minibatches", "2", "--update-epochs", "1"]
+FAST += ["--eval-episodes", "0", "--run-dir", "run"]
+
+
+def bad_id(script, name):
+    return f"bad_envs:{name}{'Box' if script.__name__ == 'ppo_continuous' else ''}-v0"
+
+
+def start(name, *argv, launcher=None, **kwargs):
+    """The script as a program in a process group of its own, as a terminal starts it."""
+    command = [sys.executable, *(launcher or [SCRIPTS / f"{name}.py"]), *map(str, argv)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, start_new_session=True, **pipes, **kwargs)
+
+
+def wait_for(condition, process, seconds=60):
+    until = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.time() < until, "it takes too long"
+        time.sleep(0.02)
+
+
+# --- kills ---
+
+
+def test_a_kill_while_saving_leaves_a_checkpoint_that_opens_and_resumes(script, train):
+    """Processes that save all the time, killed within a second: the file is never half of one."""
+    result = train(script, "Stateless" if script.__name__ != "ppo_atari" else "Count")
+    path = result["run_dir"] / "checkpoint.pt"
+    checkpoint = script.load_checkpoint(path)
+    args, agent = checkpoint["args"], checkpoint["trained"]
+    optimizer = torch.optim.Adam(script.load_agent(path).requires_grad_(True).parameters())
+    optimizer.load_state_dict(saved(path)["optimizer"])
+    envs = SimpleNamespace(mean=0.0, var=1.0, count=0.0, discounted=np.zeros(2))
+    before, random_times = saved(path), random.Random(0)
+    was_written = 0
+    kills = 50 if LONG else 12
+    for _ in range(kills):
+        inode = path.stat().st_ino
+        child = os.fork()
+        if child == 0:
+            try:
+                while True:
+                    script.save_checkpoint(args, 1, agent, optimizer, envs, torch.tensor(1.0))
+            finally:
+                os._exit(1)
+        time.sleep(random_times.uniform(0.01, 1 if script.__name__ == "ppo_atari" else 0.3))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        assert same(saved(path)["agent"], before["agent"])
+        assert same(script.load_agent(path).state_dict(), agent.state_dict())
+        was_written += path.stat().st_ino != inode
+    assert was_written > kills / 4, "the kills came before anything was written"
+    assert resume(script, result, total_timesteps=2 * result["global_step"])["global_step"] == 32
+
+
+def test_the_file_is_on_the_disk_before_it_takes_its_name(script, train, monkeypatch):
+    """Flushed, then renamed: after a power failure there is the old file or the new one."""
+    order = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda number: (order.append("fsync"), fsync(number)))
+    monkeypatch.setattr(Path, "replace", lambda a, b: (order.append(f"to {b.name}"), replace(a, b))[1])
+    train(script, "Count", iterations=2, save_every=1)
+    assert order == ["fsync", "to checkpoint.pt"] * 2
+
+
+# --- disks ---
+
+
+def limit_files():
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(script, checkpoints):
+    """Files may grow to 20 kB only, less than a checkpoint, more than the log."""
+    path = copied(checkpoints[script.__name__])
+    content = path.read_bytes()
+    argv = ["--resume", path, "--total-timesteps", 128, "--eval-episodes", 0]
+    process = start(script.__name__, *argv, preexec_fn=limit_files)
+    _, err = process.communicate(timeout=120)
+    last = err.strip().splitlines()[-1]
+    assert process.returncode == 1 and "Traceback" not in err
+    assert last.startswith("error: ") and str(path) in last and "--resume" in last
+    assert path.read_bytes() == content and not list(path.parent.glob("*.tmp"))
+
+
+def test_a_directory_that_vanishes_comes_back(script, train):
+    """Somebody cleans up runs/: the training of days is saved all the same."""
+
+    def remove():
+        shutil.rmtree("run0", ignore_errors=True)
+
+    result = train(script, "Count", iterations=2, stop_requested=remove)
+    assert saved(result["run_dir"] / "checkpoint.pt")["global_step"] == result["global_step"]
+
+
+def test_a_directory_that_cannot_be_written_is_one_line(discrete, cli):
+    """With the exit code of a failed run; here a directory stands where the file should."""
+    Path("run/checkpoint.tmp").mkdir(parents=True)
+    code, _, err = cli(discrete, *tiny("ppo_discrete", "--run-dir", "run"))
+    assert code == 1 and "error: run/checkpoint.pt: not written" in err and "Traceback" not in err
+
+
+def test_tensorboard_that_fails_takes_points_and_not_the_training(script, train, monkeypatch, capfd):
+    """As on a full disk that has room again for the checkpoint."""
+
+    def fail(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(script.SummaryWriter, "add_scalar", fail)
+    monkeypatch.setattr(script.SummaryWriter, "close", fail)
+    result = train(script, "Count", iterations=2)
+    assert saved(result["run_dir"] / "checkpoint.pt")["iteration"] == 2
+    assert "not logged: No space left" in capfd.readouterr().err
+
+
+def test_a_film_that_fails_is_one_line_after_the_checkpoint(discrete, cli, monkeypatch):
+    """The training is over by then."""
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(discrete, "evaluate", fail)
+    code, _, err = cli(discrete, *tiny("ppo_discrete", "--run-dir", "run"))
+    assert code == 1 and "error: [Errno 28] No space left" in err and "Traceback" not in err
+    assert saved("run/checkpoint.pt")["iteration"] == 2
+
+
+# --- environments ---
+
+
+@pytest.mark.parametrize("name", ["Raises", "WrongShape"])
+def test_an_environment_that_fails_says_which_and_when(mlp_script, cli, name):
+    """The traceback is the user's; its last line has the environment and the step of the episode."""
+    env_id = bad_id(mlp_script, name)
+    with pytest.raises((KeyError, ValueError)) as failure:
+        cli(mlp_script, "--env-id", env_id, *FAST)
+    (note,) = failure.value.__notes__
+    assert note == f"--env-id {env_id}: after [9 9] steps of the episodes"
+
+
+def test_numbers_that_are_not_finite_name_the_step(mlp_script, train):
+    """It is that of the iteration's end."""
+    with pytest.raises(FloatingPointError, match=r"observations.* by step 32: .*--env-id"):
+        train(mlp_script, "NanObservation", iterations=3)
+
+
+@pytest.mark.parametrize("name", ["WrongType", "FirstStep"])
+def test_odd_environments_train(mlp_script, train, name):
+    """Lists for arrays, and episodes of one step."""
+    result = train(mlp_script, bad_id(mlp_script, name), iterations=3)
+    assert result["global_step"] == 48
+
+
+# --- worker processes ---
+
+
+def test_a_worker_that_dies_ends_the_run(mlp_script):
+    """At once, although the others still wait for their next step; the line names the environment."""
+    argv = ["--env-id", bad_id(mlp_script, "Dies"), *FAST, "--vectorization", "async"]
+    process = start(mlp_script.__name__, *argv)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "bad_envs:Dies" in err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_ctrl_c_reaches_main_alone(discrete, method):
+    """Workers leave it to main, which saves; forkserver is the default from Python 3.14 on."""
+    code = f"import multiprocessing as m, runpy, sys; m.set_start_method({method!r}); "
+    code += f"runpy.run_path({str(SCRIPTS / 'ppo_discrete.py')!r}, run_name='__main__')"
+    argv = ["--env-id", "bad_envs:Slow-v0", *FAST, "--vectorization", "async", "--save-every", 1]
+    process = start("", *argv, launcher=["-c", code])
+    wait_for(Path("run/checkpoint.pt").exists, process)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "stopped by signal 2" in out and "Traceback" not in err
+    assert saved("run/checkpoint.pt")["iteration"] >= 1
+
+
+def test_workers_draw_numbers_of_their_own(mlp_script):
+    """From numpy's global generator too, and the same ones in the next run with that seed."""
+
+    def observe(seed):
+        args = mlp_script.Args(env_id=bad_id(mlp_script, "NumpyNumbers"), vectorization="async", seed=seed)
+        envs = mlp_script.make_envs(args, 3)
+        obs, _ = envs.reset(seed=0)
+        envs.close()
+        return obs
+
+    first, again, other = observe(1), observe(1), observe(5)
+    assert len(np.unique(first)) == 6 and (first == again).all() and not np.isin(other, first).any()
+
+
+def test_the_process_that_trains_keeps_its_signals_and_numbers(mlp_script, train):
+    """Only workers are set up as workers."""
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    np.random.seed(7)
+    expected = np.random.random()
+    np.random.seed(7)
+    mlp_script.make_envs(mlp_script.Args(env_id=bad_id(mlp_script, "Good")), 2).close()
+    assert np.random.random() == expected
+    assert handlers == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+
+
+# --- the compiler ---
+
+
+@pytest.mark.parametrize(
+    "variable, value", [("CXX", "no-such-compiler"), ("TORCHINDUCTOR_CACHE_DIR", "/proc/x")]
+)
+def test_a_compiler_that_does_not_work_is_refused_at_once(variable, value):
+    """One line before there is a directory."""
+    process = start("ppo_discrete", *FAST, "--compile", env=os.environ | {variable: value})
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and err.count("\n") == 1 and "--no-compile" in err
+    assert not Path("run").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_compiling_is_one_line():
+    """g++ receives it too and fails."""
+    env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(Path("cache").absolute())}
+    process = start("ppo_discrete", *FAST, "--compile", env=env)
+    wait_for(lambda: Path("run").exists(), process)
+    time.sleep(2)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert "stopped by signal 2" in out + err
+
+
+# --- damaged and foreign files ---
+
+
+def test_no_damaged_byte_is_read(script, checkpoints):
+    """At every 1,000th byte (40 places of Atari's file, if not LONG): refused, or it did not matter."""
+    path = copied(checkpoints[script.__name__])
+    content, whole = path.read_bytes(), saved(path)
+    step = 1000 if LONG or len(content) < 10**6 else len(content) // 40
+    refused = 0
+    for place in range(0, len(content), step):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
+        try:
+            found = script.load_checkpoint(path)
+        except script.UsageError as error:
+            refused += 1
+            assert "damaged" in str(error) or "does not fit" in str(error) or "written by" in str(error)
+            assert "\n" not in str(error)
+        else:
+            assert plain(found["agent"]) == plain(whole["agent"])
+            assert plain(found["optimizer"]) == plain(whole["optimizer"])
+    assert refused > 20
+
+
+@pytest.mark.parametrize("part", [0, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_file_is_refused(script, checkpoints, part):
+    path = copied(checkpoints[script.__name__])
+    content = path.read_bytes()
+    path.write_bytes(content[: int(part * len(content))])
+    with pytest.raises(script.UsageError, match="damaged"):
+        script.load_checkpoint(path)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch"])
+def test_no_code_of_a_file_is_executed(script, kind):
+    if kind == "pickle":
+        Path("checkpoint.pt").write_bytes(pickle.dumps(Malicious()))
+    else:
+        torch.save({"script": script.SCRIPT, "args": Malicious()}, "checkpoint.pt")
+    with pytest.raises(script.UsageError, match="damaged"):
+        script.load_checkpoint("checkpoint.pt")
+    assert not Path("executed").exists()
+
+
+def test_a_directory_belongs_to_one_run_at_a_time(discrete, cli):
+    """The second is refused while the first lives, to resume as well; afterwards it may."""
+    first = start("ppo_discrete", "--env-id", "bad_envs:Slow-v0", *FAST, "--save-every", 1)
+    wait_for(Path("run/checkpoint.pt").exists, first)
+    code, _, err = cli(discrete, "--resume", "run", "--eval-episodes", "0")
+    assert code == 2 and "error: --run-dir run: another run writes to it" in err
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    steps = saved("run/checkpoint.pt")["global_step"] + 64
+    code, _, err = cli(discrete, "--resume", "run", "--eval-episodes", "0", "--total-timesteps", steps)
+    assert code == 0, err
+
+
+# --- numbers ---
+
+
+@pytest.mark.parametrize("name", ["Constant", "HalfConstant"])
+def test_observations_that_never_change_stay_finite(mlp_script, train, name):
+    """Their variance is 0: what is divided by is not."""
+    result = train(mlp_script, bad_id(mlp_script, name), iterations=20, norm_obs=True, norm_reward=True)
+    assert all(x.isfinite().all() for x in state(result["agent"]).values())
+    assert np.isfinite(scalars(result)["losses/value_loss"]).all()
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+def test_rewards_of_any_size_train_or_are_named(mlp_script, train, size, norm, monkeypatch):
+    """Scaled ones train. A squared error of 1e60 is none that float32 holds: the run stops and says so."""
+    monkeypatch.setattr(bad_envs.Good, "reward", lambda self: size)
+    flags = {"iterations": 5, "norm_reward": norm}
+    if size > 1 and not norm:
+        with pytest.raises(FloatingPointError, match="v_loss"):
+            train(mlp_script, bad_id(mlp_script, "Good"), **flags)
+    else:
+        result = train(mlp_script, bad_id(mlp_script, "Good"), **flags)
+        assert np.isfinite(scalars(result)["losses/value_loss"]).all()
+
+
+def test_a_policy_that_is_certain_stays_finite(categorical_script, train):
+    """Entropy 0: 0 * log 0 appears in it, and ratios of actions that have probability 0."""
+    env = "Count" if categorical_script.__name__ == "ppo_atari" else "bad_envs:Wanted-v0"
+    flags = {"learning_rate": 0.1, "ent_coef": 0.0, "max_grad_norm": 0.0, "anneal_lr": False}
+    result = train(categorical_script, env, iterations=40, **flags)
+    assert np.isfinite(scalars(result)["losses/policy_loss"]).all()
+    assert min(scalars(result)["losses/entropy"]) < 1e-3
+
+
+def test_a_schedule_of_a_billion_steps(script, train):
+    """The learning rate falls by a hair, and stays above 0."""
+    result = train(script, "Count", total_timesteps=10**9, stop_requested=lambda: True)
+    (rate,) = scalars(result)["charts/learning_rate"]
+    assert 0 < rate < 1.0001 * script.Args.learning_rate
+
+
+# --- what stays the same ---
+
+
+@pytest.mark.parametrize(
+    "flags", [{"save_every": 1}, {"num_threads": 3}, {"eval_episodes": 0}, {"exp_name": "x"}]
+)
+def test_the_same_numbers_whatever_is_saved_or_logged(script, train, flags):
+    """Bit for bit, with the same seed, as docs/usage.md says."""
+    a = train(script, "Count", iterations=3)
+    b = train(script, "Count", iterations=3, **flags)
+    assert same(state(a["agent"]), state(b["agent"]))
+
+
+# --- long runs ---
+
+
+def resident():
+    return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1000  # MB
+
+
+@pytest.mark.slow
+def test_memory_and_open_files_stay_flat(script):
+    """A minute's worth, in CI; with LONG=1 an hour (30 minutes of Atari), to within 2 %."""
+    real = {"ppo_discrete": "CartPole-v1", "ppo_continuous": "Pendulum-v1", "ppo_atari": "breakout"}
+    minutes = (30 if script.__name__ == "ppo_atari" else 60) if LONG else 0.1
+    samples, start_time = [], time.time()
+
+    def stop():
+        samples.append((time.time() - start_time, resident(), len(os.listdir("/proc/self/fd"))))
+        return samples[-1][0] > 60 * minutes
+
+    small = {"num_envs": 2, "num_steps": 64} if script.__name__ == "ppo_atari" else {}
+    env_id = real[script.__name__]
+    script.train(script.Args(env_id=env_id, total_timesteps=10**9, num_threads=1, **small), stop)
+    warm = [x for x in samples if x[0] > 0.1 * samples[-1][0]]
+    first, last = warm[0], warm[-1]
+    print(
+        f"{script.__name__}: {first[1]:.0f} MB and {first[2]} files, {last[1]:.0f} and {last[2]} at the end"
+    )
+    assert last[2] <= first[2] and last[1] <= first[1] * (1.02 if LONG else 1.05)
