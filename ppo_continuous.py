@@ -53,8 +53,8 @@ class Args:
     total_timesteps: int = 1_000_000  # steps of all environments together, rounded down to whole iterations
     learning_rate: float = 3e-4  # Adam's step size
     anneal_lr: bool = True  # lower the learning rate linearly, to learning_rate / iterations at the end
-    num_envs: int = 1  # environments that step together
-    num_steps: int = 2048  # steps of each environment per iteration
+    num_envs: int = 8  # environments that step together
+    num_steps: int = 256  # steps of each environment per iteration
     num_minibatches: int = 32  # minibatches per epoch
     update_epochs: int = 10  # passes over the batch per iteration
     gamma: float = 0.99  # discount factor
@@ -73,7 +73,7 @@ class Args:
     # --- network ---
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers, actor and critic alike
     activation: Literal["tanh", "relu", "elu", "gelu"] = "tanh"  # after each hidden layer
-    init_log_std: float = 0.0  # log of the standard deviation of the actions at the start
+    init_log_std: float = -0.5  # log of the standard deviation of the actions at the start
     learn_std: bool = True  # learn it; --no-learn-std keeps it as it is at the start
     norm_obs: bool = True  # normalise observations by their running mean and std, clip them to 10
 

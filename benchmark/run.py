@@ -18,6 +18,8 @@ script. Rows from before a column existed have it empty. curves.csv has up to 20
 """
 
 import importlib
+import json
+import math
 import multiprocessing
 import os
 import platform
@@ -25,8 +27,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-import tomllib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,6 +38,7 @@ import gymnasium
 import pandas as pd
 import torch
 import tyro
+from recipes import read_numerics, read_recipes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 HERE = Path(__file__).resolve().parent
@@ -54,17 +57,6 @@ class Run(NamedTuple):
     commit: str
 
 
-def read_recipes():
-    """{recipe: {group, script, env_id, flags, seeds, patch}} of recipes.toml."""
-    recipes = {}
-    for group, entries in tomllib.loads((HERE / "recipes.toml").read_text()).items():
-        for name, entry in entries.items():
-            defaults = {"group": group, "flags": "", "seeds": [1, 2, 3], "patch": ""}
-            recipes[name] = defaults | entry
-            recipes[name]["flags"] = " ".join(recipes[name]["flags"].split())
-    return recipes
-
-
 def git(*command):
     """What a git command prints; bytes of files stay as they are."""
     return subprocess.run(["git", *command], cwd=ROOT, check=True, capture_output=True).stdout
@@ -77,6 +69,49 @@ def hardware():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
     return f"{name}, 1 of {os.cpu_count()} cores"
+
+
+def losses_of(script):
+    """What a script logs as losses in two iterations of a small run: its fingerprint, to some four digits."""
+    module = importlib.import_module(script)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        small = {"num_envs": 2, "num_steps": 64, "num_minibatches": 4, "total_timesteps": 256}
+        module.train(module.Args(run_dir=folder, device="cpu", **small))
+        events = EventAccumulator(folder)
+        events.Reload()
+        names = sorted(name for name in events.Tags()["scalars"] if name.startswith("losses/"))
+        return {name.removeprefix("losses/"): [x.value for x in events.Scalars(name)] for name in names}
+
+
+def same_losses(one, other):
+    return one.keys() == other.keys() and all(
+        math.isclose(x, y, rel_tol=1e-2, abs_tol=1e-4)
+        for name in one
+        for x, y in zip(one[name], other[name], strict=True)
+    )
+
+
+def note_commit(scripts, commit, new_numerics):
+    """Put commit on the list of those whose rows have the present numerics; a new list if these changed."""
+    sys.path.append(str(ROOT))
+    numerics = read_numerics()
+    for script in scripts:
+        losses, known = losses_of(script), numerics.get(script, {"losses": {}, "commits": []})
+        if not same_losses(losses, known["losses"]):
+            if not new_numerics:
+                sys.exit(f"error: {script}.py prints other losses than numerics.toml has: --new-numerics")
+            known = {"losses": losses, "commits": []}
+        known["commits"] = sorted({*known["commits"], commit})
+        numerics[script] = known
+    lines = [
+        "# Written by run.py. Of each script: the commits whose rows were made with its present numerics, and"
+    ]
+    lines += ["# the losses of two iterations of a small run. Rows of other commits are marked in the docs."]
+    for script, known in sorted(numerics.items()):
+        lines += ["", f"[{script}]", f"commits = {json.dumps(known['commits'])}", f"[{script}.losses]"]
+        lines += [f"{name} = [{', '.join(f'{x:.6g}' for x in xs)}]" for name, xs in known["losses"].items()]
+    (HERE / "numerics.toml").write_text("\n".join(lines) + "\n")
 
 
 # ---------------------------------------- one run, in a process of its own ----------------------------
@@ -213,6 +248,7 @@ def main(
     jobs: int = os.cpu_count() or 1,
     again: bool = False,
     list: bool = False,
+    new_numerics: bool = False,
 ):
     """Run what has no row yet.
 
@@ -222,6 +258,7 @@ def main(
         jobs: runs at once.
         again: also what has a row, from the beginning.
         list: only say what is done and what is left.
+        new_numerics: the numbers of a script have changed on purpose; its older rows are marked from now on.
     """
     commit = git("rev-parse", "--short", "HEAD").decode().strip()
     results = pd.read_csv(HERE / "results.csv", dtype=str, keep_default_na=False)
@@ -245,6 +282,7 @@ def main(
         for run in todo:
             shutil.rmtree(RUNS / f"{run.recipe}-{run.seed}", ignore_errors=True)
 
+    note_commit(sorted({run.script for run in todo}), commit, new_numerics)
     failed = []
     start = time.time()
     spawn = multiprocessing.get_context("spawn")

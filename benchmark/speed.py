@@ -7,16 +7,18 @@
     python benchmark/speed.py --share                 # one thread, two, two runs: threads.csv
     python benchmark/speed.py --against ../old        # this checkout against another one: against.csv
 
-Each program is a process of its own, on the CPU, with its own start and peak of memory. After two iterations
-they take turns of some seconds, one at a time, so that whatever else the machine does hits all of them. Times
-are means over the iterations of a turn; tables show medians and quartiles over rounds of turns, and of ratios
-within a round. With no --threads, every program takes as many as it does by itself: the small networks one,
-Atari and SB3 what torch chooses; OMP_NUM_THREADS is taken out of their environment.
+Each program is a process of its own, with its own start and peak of memory, on the CPU but for the tasks
+called gpu, which are left out where torch finds no CUDA. After two iterations they take turns of some
+seconds, one at a time, so that whatever else the machine does hits all of them. Times are means over the
+iterations of a turn; tables show medians and quartiles over rounds of turns, and of ratios within a round.
+With no --threads, every program takes as many as it does by itself: the small networks one, Atari and SB3
+what torch chooses; OMP_NUM_THREADS is taken out of their environment.
 
 The limit is the time that the environments take with random actions plus that of the matrix products and
 convolutions of rollout and update, and nothing else. In the parts of an iteration, SB3's environments contain
 the normalisation of observations and its policy GAE, which are in the scripts' policy and update. The memory
-of `sb3 subproc` includes its worker processes; what they share counts once for each.
+of `sb3 subproc` includes its worker processes; what they share counts once for each. On a GPU, kernels of the
+update may still run when its end is noted, and then count as policy; steps per second are right.
 """
 
 import csv
@@ -42,30 +44,40 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-# What is not said is a default of the script. iterations: of one turn
+VECTORS = ("eager", "compile", "sb3", "sb3 1 thread", "limit")
+ATARI = ("eager", "sb3", "sb3 1 thread", "sb3 subproc", "limit", "bf16", "bf16 limit")
+GPU = ("eager", "graphs", "sb3", "environments")
+# What is not said is a default of the script. iterations: of one turn; flags: of all programs
 TASKS = {
-    "cartpole": {"script": "ppo_discrete", "iterations": 20},
-    "halfcheetah": {"script": "ppo_continuous", "iterations": 2},
-    "breakout": {"script": "ppo_atari", "iterations": 1},
+    "cartpole": {"script": "ppo_discrete", "iterations": 20, "programs": VECTORS},
+    "halfcheetah": {"script": "ppo_continuous", "iterations": 2, "programs": VECTORS},
+    "breakout": {"script": "ppo_atari", "iterations": 1, "programs": ATARI},
+    "gpu breakout": {"script": "ppo_atari", "iterations": 5, "programs": GPU, "flags": {"device": "cuda"}},
+    "gpu breakout 64": {
+        "script": "ppo_atari",
+        "iterations": 2,
+        "programs": GPU,
+        "flags": {"device": "cuda", "num_envs": 64},
+    },
 }
-PROGRAMS = {  # a program that is neither sb3 nor limit is the script with these flags
-    "eager": {"compile": False},
+PROGRAMS = {  # one that is not sb3, limit or environments is the script with these flags
+    "eager": {},
     "compile": {"compile": True},
+    "graphs": {"cuda_graphs": True},
     "sb3": {},
     "sb3 1 thread": {"num_threads": 1},
     "sb3 subproc": {},
+    "environments": {},
     "limit": {},
-    "bf16": {"precision": "bf16", "compile": False},
-    "bf16 compile": {"precision": "bf16", "compile": True},
+    "bf16": {"precision": "bf16"},
     "bf16 limit": {"precision": "bf16"},
 }
-ATARI_ONLY = ("sb3 subproc", "bf16", "bf16 compile", "bf16 limit")
 WARMUP = 2
 
 
 @dataclasses.dataclass
 class Args:
-    tasks: tuple[str, ...] = tuple(TASKS)
+    tasks: tuple[str, ...] = ()  # none: all on the CPU, and those on a GPU if there is one
     rounds: int = 10  # of turns
     threads: int = 0  # of torch and of the emulators, in all programs; 0: what each takes by itself
     growth: bool = False  # instead: the scripts with 1 to 256 environments
@@ -175,7 +187,7 @@ def measure_sb3(job):
 
     args = types.SimpleNamespace(**job["hyperparameters"])
     torch.set_num_threads(job["flags"].get("num_threads", 0) or torch.get_num_threads())
-    if job["task"] == "breakout":
+    if TASKS[job["task"]]["script"] == "ppo_atari":
         kind = vec_env.SubprocVecEnv if "subproc" in job["program"] else vec_env.DummyVecEnv
         env_id = f"ale_py:{args.env_id}"  # imports ale_py, which registers it, in workers as well
         envs = env_util.make_atari_env(env_id, args.num_envs, seed=1, vec_env_cls=kind)
@@ -215,7 +227,7 @@ def measure_sb3(job):
         vf_coef=args.vf_coef / 2,  # SB3's value loss lacks the factor 1/2
         max_grad_norm=args.max_grad_norm,
         policy_kwargs=kwargs,
-        device="cpu",
+        device=args.device,
         seed=1,
     )
     model.learn(args.total_timesteps, Callback())
@@ -257,7 +269,8 @@ def products(torch, agent, obs):
 
 
 def measure_limit(script, args, job):
-    """Environments alone, and products and convolutions alone, each as often as an iteration needs them."""
+    """Environments alone, and products and convolutions alone, each as often as an iteration needs them.
+    The program `environments` is the first of these."""
     torch, envs = script.torch, script.make_envs(args, args.num_envs)
     bare = envs.unwrapped  # without our statistics of rewards
     obs = torch.tensor(bare.reset(seed=1)[0])
@@ -267,6 +280,8 @@ def measure_limit(script, args, job):
     batch = args.num_steps * args.num_envs
     minibatch = obs[torch.arange(batch // args.num_minibatches) % len(obs)]
     act, (forward, backward) = products(torch, agent, obs)[0], products(torch, agent, minibatch)
+    if job["program"] == "environments":
+        act = forward = backward = int  # does nothing
     clock = Clock(job, batch)
     clock.watch(bare)
     while True:
@@ -289,7 +304,7 @@ def measure(job):
     script = importlib.import_module(TASKS[job["task"]]["script"])
     args = script.Args(run_dir=f"{job['folder']}/run", **job["flags"])
     script.torch.set_num_threads(args.num_threads or script.torch.get_num_threads())
-    if "limit" in job["program"]:
+    if "limit" in job["program"] or job["program"] == "environments":
         measure_limit(script, args, job)
     else:
         measure_ours(script, args, job)
@@ -300,7 +315,8 @@ def measure(job):
 
 def start(task, program, flags, iterations, scripts=HERE.parent):
     """A process with the program, past its warm-up. scripts: the folder that holds them."""
-    flags = flags | {"device": "cpu", "total_timesteps": 10**9}  # it runs until it is stopped
+    flags = {"device": "cpu"} | TASKS[task].get("flags", {}) | flags
+    flags["total_timesteps"] = 10**9  # it runs until it is stopped
     job = {"task": task, "program": program, "flags": flags, "iterations": iterations}
     job["scripts"] = str(Path(scripts).resolve())
     if program.startswith("sb3"):
@@ -342,6 +358,18 @@ def stop(process):
     shutil.rmtree(process.folder)
 
 
+def on_cpu():
+    """The tasks that need no GPU."""
+    return [task for task in TASKS if not task.startswith("gpu")]
+
+
+def found():
+    """All tasks that this machine can do."""
+    import torch  # not above: it is not part of what is measured
+
+    return list(TASKS) if torch.cuda.is_available() else on_cpu()
+
+
 def flags_of(args, program):
     """The program's flags, and the threads that were asked for."""
     flags = {"num_threads": args.threads} if args.threads > 0 else {}
@@ -361,8 +389,11 @@ def machine():
     names = ["torch", "gymnasium", "ale-py", "mujoco", "numpy", "stable-baselines3"]
     info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((x.split(":")[1].strip() for x in info if x.startswith("model name")), platform.processor())
+    torch = sys.modules.get("torch")  # where tasks on a GPU are measured, this process has asked it for one
+    gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else ""
     versions = " ".join(f"{name}={importlib.metadata.version(name)}" for name in names)
-    return {"cpu": cpu, "cores": len([x for x in info if x.startswith("processor")]), "versions": versions}
+    cores = len([x for x in info if x.startswith("processor")])
+    return {"cpu": cpu, "cores": cores, "gpu": gpu, "versions": versions}
 
 
 def save(name, rows):
@@ -394,8 +425,8 @@ def with_quartiles(key, numbers, digits=2):
 
 def compare(args):
     rows = []
-    for task in args.tasks:
-        chosen = [x for x in PROGRAMS if task == "breakout" or x not in ATARI_ONLY]
+    for task in args.tasks or found():
+        chosen = TASKS[task]["programs"]
         iterations = TASKS[task]["iterations"]
         processes = {x: start(task, x, flags_of(args, x), iterations) for x in chosen}
         for number in range(args.rounds):
@@ -453,8 +484,8 @@ def compare_against(args):
     """Both checkouts in turns, whose order alternates, so that a drift of the machine cancels."""
     folders = {"new": HERE.parent, "old": Path(args.against)}
     rows = []
-    for task, program in itertools.product(args.tasks, args.programs):
-        if task != "breakout" and program in ATARI_ONLY:
+    for task, program in itertools.product(args.tasks or on_cpu(), args.programs):
+        if program not in TASKS[task]["programs"]:
             continue
         flags, iterations = flags_of(args, program), TASKS[task]["iterations"]
         processes = {x: start(task, program, flags, iterations, folders[x]) for x in folders}
@@ -491,7 +522,7 @@ def against_table(rows):
 def grow(args):
     """Few steps per environment, since 256 environments with a whole rollout each would fill minutes."""
     rows = []
-    for task, number in itertools.product(args.tasks, (1, 2, 4, 8, 16, 32, 64, 128, 256)):
+    for task, number in itertools.product(args.tasks or on_cpu(), (1, 2, 4, 8, 16, 32, 64, 128, 256)):
         flags = flags_of(args, "bf16" if task == "breakout" else "eager")
         flags |= {"num_envs": number, "num_steps": 32 if task == "breakout" else 128}
         process = start(task, "eager", flags, max(1, 32 // number))
@@ -502,13 +533,13 @@ def grow(args):
         rows.append(row)
         print(*row.values(), flush=True)
         save("growth.csv", rows)
-    print("now draw docs/images/growth.png: python benchmark/collect.py")
+    print("now draw docs/images/growth.png: python benchmark/plots.py")
 
 
 def share(args):
     """Steps/s of a run with one thread, of one with two, and of two at once with one thread each."""
     rows = []
-    for task in args.tasks:
+    for task in args.tasks or on_cpu():
         program, iterations = "bf16" if task == "breakout" else "eager", TASKS[task]["iterations"]
         one, other, wide = (
             start(task, program, PROGRAMS[program] | {"num_threads": threads}, iterations)

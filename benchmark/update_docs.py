@@ -4,6 +4,7 @@ It fills
 - the cells of tables whose first column is `recipe`, from results.csv (and `minutes` from speed.csv);
 - comments `# <recipe>: ...` behind commands in blocks of code, from the same files;
 - the tables marked <!-- speed -->, <!-- growth --> and <!-- threads -->, from the file of that name;
+- tables marked <!-- recipes: group --> and commands marked <!-- commands: group -->, from recipes.toml;
 - the column `where` of tables whose first column is `tag`, from the scripts themselves.
 All else stays as it is; a second run changes nothing. tests/test_docs.py fails while a page is out of date.
 """
@@ -13,7 +14,10 @@ import csv
 import functools
 import re
 import statistics
+import textwrap
 from pathlib import Path
+
+from recipes import read_numerics, read_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("discrete", "continuous", "atari")
@@ -22,7 +26,7 @@ TAG = re.compile(r"\[((?:core|cont|atari|ours) \d+)\]")
 # the row of speed.csv that tells how long a recipe takes
 PROGRAMS = {
     "cartpole": ("cartpole", "eager"),
-    "default-halfcheetah": ("halfcheetah", "eager"),
+    "halfcheetah": ("halfcheetah", "eager"),
     "breakout": ("breakout", "bf16"),
     "breakout-fp32": ("breakout", "eager"),
 }
@@ -86,18 +90,51 @@ def cells_of(recipe):
     runs.sort(key=lambda row: int(row["seed"]))
     numbers = {
         key: [float(run[key]) for run in runs if run[key]]
-        for key in ("last_100_returns", "evaluated_mean", "deterministic_mean")
+        for key in ("episodic_return", "eval_sampled", "eval_deterministic")
     }
     steps = int(runs[0]["steps"]) if runs else 0
     return {
         "steps": f"{steps:,}" if steps else NOT_MEASURED,
-        "return": mean_and_spread(numbers["last_100_returns"]),
-        "each seed": each(numbers["last_100_returns"]),
-        "training": both(numbers["last_100_returns"]),
-        "sampled": both(numbers["evaluated_mean"]),
-        "deterministic": both(numbers["deterministic_mean"]),
+        "return": mean_and_spread(numbers["episodic_return"]),
+        "each seed": each(numbers["episodic_return"]),
+        "training": both(numbers["episodic_return"]) + mark(runs),
+        "sampled": both(numbers["eval_sampled"]),
+        "deterministic": both(numbers["eval_deterministic"]),
         "minutes": minutes(recipe, steps),
     }
+
+
+def mark(runs):
+    """A dagger if some of the runs were made with older numerics of their script than the present ones."""
+    numerics = read_numerics()
+    return " †" if any(run["commit"] not in numerics[run["script"]]["commits"] for run in runs) else ""
+
+
+def group_of(group):
+    """{recipe: its entry} of a group, in the order of recipes.toml."""
+    return {name: entry for name, entry in read_recipes().items() if entry["group"] == group}
+
+
+def recipes_table(group):
+    """A row per recipe of a group: what was measured, and what others report."""
+    entries = group_of(group)
+    last = [x for x in ("note", "published") if any(x in entry for entry in entries.values())]
+    header = ["recipe", "task", "steps", "training", "sampled", "deterministic"]
+    table = [header + [{"published": "published PPO"}.get(x, x) for x in last], rule(len(header + last))]
+    for name, entry in entries.items():
+        cells = {"recipe": f"`{name}`", "task": entry["env_id"]} | cells_of(name)
+        table.append([cells[x] for x in header] + [entry.get(x, "") for x in last])
+    return markdown(*table)
+
+
+def command_lines(group):
+    """The commands of a group in a block of code, each after its name, in lines of at most 110 columns."""
+    lines = ["```bash"]
+    for name, entry in group_of(group).items():
+        words = ["python", f"{entry['script']}.py", "--env-id", entry["env_id"], *entry["flags"].split()]
+        wrapped = textwrap.wrap(" ".join(words), 106, break_long_words=False, break_on_hyphens=False)
+        lines += [f"# {name}", *(" \\\n  ".join(wrapped)).split("\n")]
+    return [*lines, "```"]
 
 
 def comment_of(recipe):
@@ -172,6 +209,7 @@ def threads_table():
 
 
 TABLES = {"speed": speed_table, "growth": growth_table, "threads": threads_table}
+OF_GROUPS = {"recipes": recipes_table, "commands": command_lines}
 
 
 # --- details ---
@@ -222,6 +260,15 @@ def split(line):
     return [cell.strip() for cell in line.strip().strip("|").split("|")]
 
 
+def end_of_written(lines, start):
+    """The number of the first line after the table or the block of code that begins at start, if one does."""
+    if start < len(lines) and lines[start].startswith("```"):
+        return lines.index("```", start + 1) + 1
+    while start < len(lines) and lines[start].startswith("|"):
+        start += 1
+    return start
+
+
 def updated(text):
     """A page as it should be."""
     lines, header, in_code = [], None, False
@@ -233,11 +280,15 @@ def updated(text):
         if line.startswith("```"):
             in_code = not in_code
         mark = re.fullmatch(r"<!-- (\w+) -->", line)
+        of_group = re.fullmatch(r"<!-- (recipes|commands): ([\w-]+) -->", line)
+        if of_group:
+            lines += [line, *OF_GROUPS[of_group[1]](of_group[2])]
+            number_of = end_of_written(old, number_of)
+            continue
         comment = re.fullmatch(r"(python .*?)  # ([\w-]+): .*", line) if in_code else None
         if mark and mark[1] in TABLES:
             lines += [line, *TABLES[mark[1]]()]
-            while number_of < len(old) and old[number_of].startswith("|"):
-                number_of += 1
+            number_of = end_of_written(old, number_of)
             continue
         if comment:
             line = f"{comment[1]}  {comment_of(comment[2])}"

@@ -1,0 +1,166 @@
+"""Draw the plots of docs/images/ from results.csv, curves.csv and growth.csv.
+
+    pip install -r benchmark/requirements.txt
+    python benchmark/plots.py
+
+    curves.png     the README's: one task per script
+    classic.png, mujoco-v5.png, ...   the recipes of a group, with published returns as dashed lines
+    ablation.png   what each detail is worth: the return without it, relative to the script as it is
+    precision.png  Breakout with the CNN in fp32 and in bf16
+    growth.png     speed and memory by number of environments
+
+Lines are means over the seeds, bands reach from the lowest to the highest seed.
+"""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
+from recipes import read_recipes
+
+HERE = Path(__file__).resolve().parent
+IMAGES = HERE.parent / "docs" / "images"
+RECIPES = read_recipes()
+MAIN_RECIPES = {  # of curves.png, with their titles
+    "cartpole": "CartPole-v1",
+    "halfcheetah": "HalfCheetah-v5",
+    "breakout-fp32": "Breakout, 4 frames a step",
+}
+PLOTTED_GROUPS = ("classic", "mujoco-v5", "mujoco-v4", "atari", "strong", "tutorials")
+DARK, LIGHT = "#08306b", "#e6550d"  # a dark blue and an orange that is much lighter in print
+
+
+def common_steps(curves, recipe):
+    """The curves of a recipe's seeds at the same steps, interpolated: each run logs at steps of its own."""
+    wide = curves[curves["recipe"] == recipe].pivot(index="step", columns="seed", values="return")
+    wide = wide.interpolate(method="index", limit_area="inside").dropna()
+    return wide.melt(ignore_index=False, value_name="return").reset_index()
+
+
+def draw_seeds(axis, curves, recipe, **style):
+    """Mean of the seeds as a line, lowest to highest as a band. Returns what it has drawn."""
+    data = common_steps(curves, recipe)
+    sns.lineplot(data, x="step", y="return", errorbar=("pi", 100), ax=axis, legend=False, lw=2, **style)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500k, 1M
+    axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axis.set(xlabel="", ylabel="", xlim=(0, None))
+    return data
+
+
+def draw_published(axis, recipe, data):
+    """Dashed lines with their names at the right, below the line if all seeds are above it there."""
+    at_the_right = data[data["step"] > 0.75 * data["step"].max()]
+    for name, value in RECIPES[recipe].get("lines", []):
+        axis.axhline(value, color="black", ls="--", lw=1.2)
+        below = at_the_right["return"].min() > value
+        place = {"xytext": (0, -3 if below else 3), "textcoords": "offset points"}
+        place |= {"ha": "right", "va": "top" if below else "bottom"}
+        axis.annotate(name, (0.98, value), xycoords=("axes fraction", "data"), fontsize=11, **place)
+    axis.margins(y=0.12)
+
+
+def draw_panels(curves, titles, columns, panel_size, path):
+    """A panel per recipe of titles."""
+    rows = -(-len(titles) // columns)
+    size = panel_size[0] * columns, panel_size[1] * rows
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axis, (recipe, title) in zip(axes.flat, titles.items(), strict=False):
+        data = draw_seeds(axis, curves, recipe, color=DARK)
+        draw_published(axis, recipe, data)
+        axis.set_title(title, fontsize=12)
+    for axis in axes.flat[len(titles) :]:
+        axis.set_visible(False)
+    for axis in axes[-1]:
+        axis.set_xlabel("environment steps")
+    figure.supylabel("return, mean of the last 100 episodes")
+    sns.despine(figure)
+    handles = [
+        plt.Line2D([], [], color=DARK, lw=2, label="mean of the seeds"),
+        plt.Rectangle((0, 0), 1, 1, color=DARK, alpha=0.2, lw=0, label="lowest to highest seed"),
+        plt.Line2D([], [], color="black", ls="--", lw=1.2, label="published PPO"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path)
+
+
+def draw_precision(curves, path):
+    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    draw_seeds(axis, curves, "breakout-fp32", color=DARK, label="fp32, the default")
+    draw_seeds(axis, curves, "breakout", color=LIGHT, ls="--", label="bf16")
+    axis.set_title("BreakoutNoFrameskip-v4, three seeds each", fontsize=12)
+    axis.set(xlabel="environment steps", ylabel="return, mean of the last 100 games")
+    axis.legend(handles=axis.lines, loc="upper left", frameon=False, handlelength=3)
+    sns.despine(figure)
+    figure.savefig(path)
+
+
+def draw_growth(rows, path):
+    """Two panels over the number of environments, a line per task."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    style = {"hue": "task", "style": "task", "markers": ["o", "s", "^"], "markersize": 7, "lw": 2}
+    style["palette"] = [DARK, "#4292c6", LIGHT]
+    panels = {"sps": "steps per second", "peak_mb": "peak memory, MB"}
+    for axis, (column, label) in zip(axes, panels.items(), strict=True):
+        sns.lineplot(rows, x="num_envs", y=column, ax=axis, legend=column == "sps", **style)
+        axis.set(xscale="log", yscale="log", xlabel="environments (--num-envs)", ylabel=label)
+        axis.set_xticks([1, 4, 16, 64, 256], ["1", "4", "16", "64", "256"])
+        axis.grid(axis="y", color="0.85")
+        axis.minorticks_off()
+    axes[0].set_yticks([100, 1_000, 10_000], ["100", "1,000", "10,000"])
+    axes[1].set_yticks([250, 500, 1_000, 2_000], ["250", "500", "1,000", "2,000"])
+    axes[0].legend(title=None, frameon=False, handlelength=3)
+    sns.despine(figure)
+    figure.savefig(path)
+
+
+def draw_ablation(results, path):
+    """A panel per task: the mean return of each variant, a point per seed, a line for the script as it is."""
+    groups = [name for name in dict.fromkeys(x["group"] for x in RECIPES.values()) if "ablation" in name]
+    rows = results[
+        results["recipe"].map(lambda x: RECIPES.get(x, {"group": ""})["group"]).isin(groups)
+    ].copy()
+    if rows.empty:
+        return
+    rows["variant"] = (
+        rows["recipe"].str.replace(r"^ablation-[a-z0-9]+-", "", regex=True).str.replace("-", " ")
+    )
+    tasks = list(dict.fromkeys(rows["env_id"]))
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(4.2 * len(tasks), 4.6), layout="constrained", squeeze=False
+    )
+    for axis, task in zip(axes.flat, tasks, strict=True):
+        mine = rows[rows["env_id"] == task]
+        style = {"data": mine, "y": "variant", "x": "episodic_return", "ax": axis}
+        sns.barplot(**style, color="#9ecae1", errorbar=None)
+        sns.stripplot(**style, color=DARK, size=5, jitter=False)
+        base = mine.loc[mine["variant"] == "as it is", "episodic_return"].mean()
+        axis.axvline(base, color="black", ls="--", lw=1.2)
+        axis.set(title=task, xlabel="return after 300,000 steps", ylabel="")
+    sns.despine(figure)
+    figure.savefig(path)
+
+
+def main():
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    fonts = {"axes.labelsize": 12, "xtick.labelsize": 11, "ytick.labelsize": 11, "legend.fontsize": 11}
+    fonts |= {"figure.labelsize": 12, "savefig.dpi": 150}
+    sns.set_theme(context="paper", style="ticks", rc=fonts)
+    curves, results = pd.read_csv(HERE / "curves.csv"), pd.read_csv(HERE / "results.csv")
+    drawn = set(curves["recipe"])
+    main_titles = {recipe: title for recipe, title in MAIN_RECIPES.items() if recipe in drawn}
+    draw_panels(curves, main_titles, 3, (3.6, 3.4), IMAGES / "curves.png")
+    for group in PLOTTED_GROUPS:
+        titles = {name: f"{name}\n{x['env_id']}" for name, x in RECIPES.items() if x["group"] == group}
+        titles = {name: title for name, title in titles.items() if name in drawn}
+        if titles:
+            draw_panels(curves, titles, 3, (3.4, 2.9), IMAGES / f"{group}.png")
+    draw_ablation(results, IMAGES / "ablation.png")
+    draw_precision(curves, IMAGES / "precision.png")
+    draw_growth(pd.read_csv(HERE / "growth.csv"), IMAGES / "growth.png")
+
+
+if __name__ == "__main__":
+    main()
