@@ -1,5 +1,8 @@
 """Reads recipes.toml and numerics.toml, for run.py, plots.py, update_docs.py and the tests."""
 
+import importlib
+import math
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -20,3 +23,25 @@ def read_recipes():
 def read_numerics():
     """{script: {losses: of its first two iterations, commits: whose rows have these numerics}}."""
     return tomllib.loads((HERE / "numerics.toml").read_text())
+
+
+def losses_of(script):
+    """What a script logs as losses in two iterations of a small run: its fingerprint, to some four digits."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    module = importlib.import_module(script)
+    with tempfile.TemporaryDirectory() as folder:
+        small = {"num_envs": 2, "num_steps": 64, "num_minibatches": 4, "total_timesteps": 256}
+        module.train(module.Args(run_dir=folder, device="cpu", **small))
+        events = EventAccumulator(folder)
+        events.Reload()
+        names = sorted(name for name in events.Tags()["scalars"] if name.startswith("losses/"))
+        return {name.removeprefix("losses/"): [x.value for x in events.Scalars(name)] for name in names}
+
+
+def same_losses(one, other):
+    return one.keys() == other.keys() and all(
+        math.isclose(x, y, rel_tol=1e-2, abs_tol=1e-4)
+        for name in one
+        for x, y in zip(one[name], other[name], strict=True)
+    )

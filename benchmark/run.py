@@ -19,7 +19,6 @@ script. Rows from before a column existed have it empty. curves.csv has up to 20
 
 import importlib
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -27,7 +26,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import UTC, datetime
@@ -38,7 +36,7 @@ import gymnasium
 import pandas as pd
 import torch
 import tyro
-from recipes import read_numerics, read_recipes
+from recipes import losses_of, read_numerics, read_recipes, same_losses
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 HERE = Path(__file__).resolve().parent
@@ -69,27 +67,6 @@ def hardware():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
     return f"{name}, 1 of {os.cpu_count()} cores"
-
-
-def losses_of(script):
-    """What a script logs as losses in two iterations of a small run: its fingerprint, to some four digits."""
-    module = importlib.import_module(script)
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        small = {"num_envs": 2, "num_steps": 64, "num_minibatches": 4, "total_timesteps": 256}
-        module.train(module.Args(run_dir=folder, device="cpu", **small))
-        events = EventAccumulator(folder)
-        events.Reload()
-        names = sorted(name for name in events.Tags()["scalars"] if name.startswith("losses/"))
-        return {name.removeprefix("losses/"): [x.value for x in events.Scalars(name)] for name in names}
-
-
-def same_losses(one, other):
-    return one.keys() == other.keys() and all(
-        math.isclose(x, y, rel_tol=1e-2, abs_tol=1e-4)
-        for name in one
-        for x, y in zip(one[name], other[name], strict=True)
-    )
 
 
 def note_commit(scripts, commit, new_numerics):

@@ -26,7 +26,6 @@ TAG = re.compile(r"\[((?:core|cont|atari|ours) \d+)\]")
 # the row of speed.csv that tells how long a recipe takes
 PROGRAMS = {
     "cartpole": ("cartpole", "eager"),
-    "halfcheetah": ("halfcheetah", "eager"),
     "breakout": ("breakout", "bf16"),
     "breakout-fp32": ("breakout", "eager"),
 }
@@ -76,12 +75,14 @@ def both(numbers):
     return f"{mean_and_spread(numbers)}<br>{each(numbers)}"
 
 
-def minutes(recipe, steps):
-    """Steps over the median speed of speed.csv."""
+def minutes(recipe, runs):
+    """The median of what the runs took; or, where that was not noted, steps over the median of speed.csv."""
+    seconds = [float(run["wall_s"]) for run in runs if run["wall_s"]]
     speeds = [float(r["sps"]) for r in rows_of("speed") if (r["task"], r["program"]) == PROGRAMS.get(recipe)]
-    if not speeds or not steps:
+    if not seconds and (not speeds or not runs):
         return NOT_MEASURED
-    return str(max(1, round(steps / statistics.median(speeds) / 60)))
+    time = statistics.median(seconds) if seconds else int(runs[0]["steps"]) / statistics.median(speeds)
+    return str(max(1, round(time / 60)))
 
 
 def cells_of(recipe):
@@ -100,7 +101,7 @@ def cells_of(recipe):
         "training": both(numbers["episodic_return"]) + mark(runs),
         "sampled": both(numbers["eval_sampled"]),
         "deterministic": both(numbers["eval_deterministic"]),
-        "minutes": minutes(recipe, steps),
+        "minutes": minutes(recipe, runs),
     }
 
 
@@ -139,8 +140,8 @@ def command_lines(group):
 
 def comment_of(recipe):
     cells = cells_of(recipe)
-    unit = "minute" if cells["minutes"] == "1" else "minutes"
-    return f"# {recipe}: {cells['minutes']} {unit}, return {cells['return']}"
+    time = f"{cells['minutes']} minutes".replace("measured minutes", "measured")
+    return f"# {recipe}: {time if time != '1 minutes' else '1 minute'}, return {cells['return']}"
 
 
 # --- speed ---

@@ -1,0 +1,100 @@
+"""The list of recipes, the rows made from it, and whether the scripts still compute what made them."""
+
+import csv
+import dataclasses
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tyro
+from conftest import NAMES, ROOT, SCRIPTS
+
+sys.path.append(str(ROOT / "benchmark"))
+import recipes
+
+RECIPES = recipes.read_recipes()
+COLUMNS = (
+    "recipe,script,env_id,flags,seed,steps,episodic_return,eval_sampled,eval_sampled_std,eval_deterministic,"
+    "eval_deterministic_std,wall_s,sps,commit,date,threads,torch,gymnasium,python,hardware"
+)
+
+
+def rows(name):
+    with (ROOT / "benchmark" / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def arguments(entry, modules):
+    argv = ["--env-id", entry["env_id"], *shlex.split(entry["flags"])]
+    args = tyro.cli(modules[entry["script"]].Args, args=argv)
+    return dataclasses.asdict(args)
+
+
+@pytest.fixture
+def modules(discrete, continuous, atari):
+    return {module.__name__: module for module in (discrete, continuous, atari)}
+
+
+def test_every_recipe_is_one_that_the_script_takes(modules):
+    for name, entry in RECIPES.items():
+        assert re.fullmatch(r"[a-z0-9-]+", name) and set(entry["seeds"]) >= {1}, name
+        modules[entry["script"]].check_args(modules[entry["script"]].Args(**arguments(entry, modules)))
+
+
+def test_every_row_is_of_a_recipe_with_the_same_arguments(modules):
+    """Written out or left at their defaults."""
+    assert ",".join(rows("results")[0]) == COLUMNS
+    for row in rows("results"):
+        entry = RECIPES[row["recipe"]]
+        assert row["script"] == entry["script"]
+        assert arguments(row, modules) == arguments(entry, modules), row["recipe"]
+        assert float(row["eval_sampled"]) == float(row["eval_sampled"]), "a number"
+    seeds = [(row["recipe"], row["seed"]) for row in rows("results")]
+    assert len(seeds) == len(set(seeds))
+
+
+def test_curves_are_of_rows_and_end_where_they_do():
+    """At most 200 points; the last one is the return of the row."""
+    curves = {}
+    for point in rows("curves"):
+        curves.setdefault((point["recipe"], point["seed"]), []).append(point)
+    results = {(row["recipe"], row["seed"]): row for row in rows("results")}
+    assert set(curves) <= set(results)
+    for key, points in curves.items():
+        assert len(points) <= 200, key
+        steps = [int(point["step"]) for point in points]
+        assert steps == sorted(set(steps)) and float(points[-1]["return"]) == float(
+            results[key]["episodic_return"]
+        )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_script_computes_what_the_rows_were_made_with(name):
+    """If this fails, rows no longer show what the script does: docs/contributing.md, Benchmarks."""
+    known = recipes.read_numerics()[name]
+    assert recipes.same_losses(recipes.losses_of(name), known["losses"])
+    assert known["commits"]
+
+
+def test_other_losses_are_noticed():
+    losses = recipes.read_numerics()["ppo_discrete"]["losses"]
+    other = losses | {"value_loss": [1.05 * x for x in losses["value_loss"]]}
+    assert recipes.same_losses(losses, losses) and not recipes.same_losses(losses, other)
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_every_patch_fits_the_script(tmp_path):
+    """And changes it; every recipe with a patch finds its file."""
+    patches = sorted((ROOT / "benchmark" / "ablations").glob("*.patch"))
+    named = {f"{x['script']}-{x['patch']}.patch" for x in RECIPES.values() if x["patch"]}
+    assert named <= {patch.name for patch in patches}
+    for patch in patches:
+        name = patch.name.split("-")[0]
+        copy = tmp_path / f"{name}.py"
+        shutil.copy(SCRIPTS / f"{name}.py", copy)
+        subprocess.run(["git", "apply", patch], cwd=tmp_path, check=True)
+        assert copy.read_text() != (SCRIPTS / f"{name}.py").read_text()
+        compile(copy.read_text(), copy, "exec")

@@ -1,0 +1,102 @@
+"""Any combination of flags trains two iterations, or is refused in one line that names a flag: no traceback.
+
+LONG=1 python -m pytest tests/test_flags.py tries 300 combinations per script instead of 40.
+"""
+
+import dataclasses
+import importlib
+import os
+import tempfile
+from typing import get_args
+
+import pytest
+from conftest import NAMES
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+TRIES = 300 if os.environ.get("LONG") else 40
+ENVS = {
+    "ppo_discrete": ["CartPole-v1", "Acrobot-v1", "Pendulum-v1", "Nothing-v0", "bad_envs:FirstStep-v0"],
+    "ppo_continuous": ["Pendulum-v1", "CartPole-v1", "", "bad_envs:GoodBox-v0"],
+    "ppo_atari": ["breakout", "PongNoFrameskip-v4", "ALE/Breakout-v5", "Breakout-v4", "CartPole-v1"],
+}
+# what is drawn for a field instead of anything of its type; sizes are small, and now and then impossible
+SIZES = {
+    "num_envs": st.sampled_from([1, 2, 3, 0]),
+    "num_steps": st.sampled_from([1, 4, 8, 16]),
+    "num_minibatches": st.sampled_from([1, 2, 4, 5]),
+    "update_epochs": st.integers(1, 2),
+    "total_timesteps": st.sampled_from([0, 1, 64, 128]),
+    "hidden_sizes": st.sampled_from([(), (1,), (8, 8), (0,), (4, -1)]),
+    "max_episode_steps": st.sampled_from([0, 1, 3, 20]),
+    "num_threads": st.sampled_from([0, 1, 2]),
+    "save_every": st.integers(0, 3),
+    "eval_episodes": st.integers(0, 1),
+    "seed": st.sampled_from([0, 1, 10**9, 10**12, -1]),
+    "exp_name": st.sampled_from(["x", "a/b", ""]),
+    "resume": st.sampled_from(["", "nowhere"]),
+    "evaluate": st.just(""),
+    "run_dir": st.just(""),
+    "track": st.just(False),
+    "compile": st.just(False),  # 10 s a try; test_update.py has its combinations
+    "capture_video": st.just(False),
+    "vectorization": st.sampled_from(["sync", "sync", "sync", "async", "else"]),
+    "device": st.sampled_from(["auto", "cpu", "cpu", "cuda", "tpu"]),
+}
+NUMBERS = [0.0, 1.0, 0.5, 1e-3, 1e-30, 3.0, 1e30, -1.0, float("inf"), float("nan")]
+
+
+def values(name, field):
+    if field.name == "env_id":
+        return st.sampled_from(ENVS[name])
+    if field.name in SIZES:
+        return SIZES[field.name]
+    if get_args(field.type):
+        return st.sampled_from([*get_args(field.type), "else"])
+    if isinstance(field.default, bool):
+        return st.booleans()
+    if isinstance(field.default, float):
+        return st.sampled_from(NUMBERS)
+    return st.just(field.default)
+
+
+def arguments(name):
+    """Up to six fields that differ from a small run that works: with all of them drawn, none would train."""
+    fields = dataclasses.fields(importlib.import_module(name).Args)
+    small = {"num_envs": 2, "num_steps": 8, "num_minibatches": 2, "update_epochs": 1, "total_timesteps": 32}
+    small |= {"env_id": ENVS[name][0], "device": "cpu", "num_threads": 1}
+    some = st.lists(st.sampled_from(fields), max_size=6, unique_by=lambda field: field.name)
+    drawn = some.flatmap(lambda xs: st.fixed_dictionaries({x.name: values(name, x) for x in xs}))
+    return drawn.map(lambda changes: small | changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_flags_train_or_are_refused_in_one_line(name):
+    script = importlib.import_module(name)
+    trained = refused = 0
+
+    @settings(
+        max_examples=TRIES,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+    )
+    @given(arguments(name))
+    def check(changes):
+        nonlocal trained, refused
+        with tempfile.TemporaryDirectory() as folder:
+            changes["run_dir"] = changes.get("run_dir") or f"{folder}/run"
+            try:
+                result = script.train(script.Args(**changes))
+            except (script.UsageError, FloatingPointError) as error:
+                assert "--" in str(error) and "\n" not in str(error)
+                refused += 1
+            else:
+                assert result["global_step"] > 0
+                trained += 1
+
+    check()
+    assert trained > TRIES / 10 and refused > TRIES / 10
+    print(f"{name}: {trained} trained, {refused} refused")
