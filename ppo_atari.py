@@ -338,11 +338,11 @@ def train(args, stop_requested=lambda: False):
                 charts["kl"] = kl
 
             # --- 5. diagnostics: nothing below changes the algorithm; losses are means [ours 4] ---
+            losses = dict(zip(stats, torch.stack(updates).mean(0).tolist(), strict=True))
             now = time.time()
             charts["SPS"] = (global_step - start_step) / (now - start_time)
             charts["SPS_rollout"] = B / (update_start - rollout_start)
             charts["SPS_update"] = B / (now - update_start)
-            losses = dict(zip(stats, torch.stack(updates).mean(0).tolist(), strict=True))
             check_finite(args, losses, agent, obs, rewards, global_step)  # [ours 5] before it is saved
             losses["explained_variance"] = math.nan
             if returns.var() > 0:
@@ -507,7 +507,8 @@ def check_args(args):
     require(args.num_envs % WORLD_SIZE == 0, shared)
     B, parts = args.num_steps * args.num_envs // WORLD_SIZE, args.num_minibatches  # of one process
     equal = B % parts == 0 and (B > parts or not args.norm_adv)  # the std of one advantage would be nan
-    sizes = f"--num-steps {args.num_steps} x --num-envs {args.num_envs} = {B} in --num-minibatches {parts}"
+    share = f"{args.num_envs}" if WORLD_SIZE == 1 else f"{args.num_envs} / {WORLD_SIZE} processes"
+    sizes = f"--num-steps {args.num_steps} x --num-envs {share} = {B} in --num-minibatches {parts}"
     require(equal, f"{sizes} must give equal parts of 2 or more (of 1 with --no-norm-adv): change one")
     found = args.device in ("auto", "cpu") or getattr(torch, args.device).is_available()
     require(found, f"--device {args.device}: torch finds none, use cpu")
@@ -541,6 +542,8 @@ def prepare(args):
     run_dir = Path(args.run_dir if args.run_dir else f"runs/{name}")
     may_write = checkpoint or not (run_dir / "checkpoint.pt").exists()
     require(may_write, f"--run-dir {run_dir} holds a checkpoint: name another one, or --resume {run_dir}")
+    blocked = any(path.is_file() for path in (run_dir, *run_dir.parents))
+    require(not blocked, f"--run-dir {run_dir}: a file is in the way, name another one")
     if args.capture_video:  # what is missing for it shows now, not after the training
         make_envs(args, 1, str(run_dir / "videos")).close()
     random.seed(args.seed)
@@ -796,7 +799,7 @@ def main():
 
     def on_signal(number, frame):  # the first one ends the iteration, a second one the process
         received.append(number)
-        # under torchrun Ctrl-C comes twice: from the terminal, and passed on by torchrun
+        # under torchrun it may come twice: from the terminal, and handed on by torchrun
         signal.signal(number, signal.SIG_DFL if WORLD_SIZE == 1 else signal.SIG_IGN)
 
     args = tyro.cli(Args)
@@ -819,7 +822,8 @@ def main():
                 distributed.destroy_process_group()
             if received:
                 path = shlex.quote(str(checkpoint))
-                print(f"stopped by signal {received[0]}, go on with: {command} --resume {path}")
+                if RANK == 0:
+                    print(f"stopped by signal {received[0]}, go on with: {command} --resume {path}")
                 sys.exit(128 + received[0])
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -841,13 +845,13 @@ def main():
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except Exception as error:
-        if received:
-            print(f"stopped by signal {received[0]} ({error!r:.100}), not saved", file=sys.stderr)
-            sys.exit(128 + received[0])
-        if not distributed.is_initialized():
+        if distributed.is_initialized() and isinstance(error, RuntimeError):
+            cause = f"process {RANK} stops, another one may be gone ({error!s:.200})"
+            sys.exit(f"error: {cause}; go on from the newest checkpoint: torchrun ... --resume")
+        if not received:
             raise
-        cause = f"process {RANK} stops, another one may be gone ({error!s:.200})"
-        sys.exit(f"error: {cause}; go on from the newest checkpoint: torchrun ... --resume")
+        print(f"stopped by signal {received[0]} ({error!r:.100}), not saved", file=sys.stderr)
+        sys.exit(128 + received[0])
 
 
 if __name__ == "__main__":

@@ -340,11 +340,11 @@ def train(args, stop_requested=lambda: False):
                 charts["kl"] = kl
 
             # --- 5. diagnostics: nothing below changes the algorithm; losses are means [ours 4] ---
+            losses = dict(zip(stats, torch.stack(updates).mean(0).tolist(), strict=True))
             now = time.time()
             charts["SPS"] = (global_step - start_step) / (now - start_time)
             charts["SPS_rollout"] = B / (update_start - rollout_start)
             charts["SPS_update"] = B / (now - update_start)
-            losses = dict(zip(stats, torch.stack(updates).mean(0).tolist(), strict=True))
             check_finite(args, losses, agent, obs, rewards, global_step)  # [ours 5] before it is saved
             losses["explained_variance"] = math.nan
             if returns.var() > 0:
@@ -560,6 +560,8 @@ def prepare(args):
     run_dir = Path(args.run_dir if args.run_dir else f"runs/{name}")
     may_write = checkpoint or not (run_dir / "checkpoint.pt").exists()
     require(may_write, f"--run-dir {run_dir} holds a checkpoint: name another one, or --resume {run_dir}")
+    blocked = any(path.is_file() for path in (run_dir, *run_dir.parents))
+    require(not blocked, f"--run-dir {run_dir}: a file is in the way, name another one")
     if args.capture_video:  # what is missing for it shows now, not after the training
         make_envs(args, 1, str(run_dir / "videos")).close()
     if args.compile:

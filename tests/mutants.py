@@ -98,6 +98,12 @@ MUTANTS = [
     ("update", "b41", "atari", "/ returns.var()", "/ values.var()"),
     ("loss", "b42", "discrete", "ratio = logratio.exp()", "ratio = newlogprob.exp() / logprobs.exp()"),
     ("learning", "b43_values", "discrete", "+ args.vf_coef", "- args.vf_coef"),
+    ("torchrun", "b44_b45", "atari", "mb_inds, unclipped,", "mb_inds, args,"),
+    ("torchrun", "b45_the_gradient", "atari", "view_as(x) / WORLD_SIZE", "view_as(x)"),
+    ("torchrun", "b46", "atari", "global_step + RANK * N, device", "global_step, device"),
+    ("torchrun", "b46", "atari", "seed=args.seed + global_step + RANK * N", "seed=args.seed + global_step"),
+    ("cuda_graphs", "b47", "atari", "x.grad = gradient", "pass"),
+    ("cuda_graphs", "b48", "atari", "old.copy_(new)", "pass"),
 ]
 MUTANTS = [Mutant(*fields) for fields in MUTANTS]
 

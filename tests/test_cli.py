@@ -6,7 +6,6 @@ import importlib.machinery
 import importlib.util
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -136,8 +135,8 @@ def test_classic_control_draws_with_pygame(discrete, refused, monkeypatch, check
 
 
 def test_compiling_without_a_compiler(discrete, refused, monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    refused(discrete, ["--compile"], "--compile", "g++", "--no-compile")
+    monkeypatch.setattr(torch, "compile", lambda function, **options: Path("no-such-compiler").stat())
+    refused(discrete, ["--compile"], "--compile", "g++", "--no-compile", "no-such-compiler")
 
 
 gym.register("MatrixActions-v0", stub_envs.Nudge, kwargs={"space": gym.spaces.Box(-1, 1, (2, 2))})
@@ -347,7 +346,6 @@ MAY_CHANGE = {
     "save_every": 7,
     "device": "auto",
     "num_threads": 3,
-    "compile": True,
     "eval_episodes": 10,  # the default, which the saved run did not have
     "deterministic": True,
     "capture_video": True,
@@ -371,6 +369,7 @@ def test_resume_overrides_what_was_typed_and_nothing_else(script, cli, monkeypat
     monkeypatch.setattr(script, "make_envs", make_envs)
     monkeypatch.setattr(script, "check_args", lambda args: None)  # g++ and wandb need not be here
     path, typed = checkpoints[script.__name__], MAY_CHANGE | {"total_timesteps": script.Args.total_timesteps}
+    typed |= {"compile": True} if script.__name__ in MLP else {"cuda_graphs": True}
     argv = ["--resume", path]
     for name, value in typed.items():
         flag = f"--{name.replace('_', '-')}"
@@ -500,7 +499,7 @@ def test_what_only_the_training_needed_may_be_missing(discrete, cli, monkeypatch
     checkpoint = saved(checkpoints["ppo_discrete"])
     torch.save(checkpoint | {"args": checkpoint["args"] | flags}, "checkpoint.pt")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(torch, "compile", None)
     without(monkeypatch, "wandb")
     code, out, err = cli(discrete, "--evaluate", "checkpoint.pt", "--eval-episodes", 1)
     assert code == 0 and "1 sampled" in out, err
@@ -799,7 +798,7 @@ CLEANRL = """exp_name seed torch_deterministic track wandb_project_name wandb_en
 env_id total_timesteps learning_rate num_envs num_steps anneal_lr gamma gae_lambda num_minibatches
 update_epochs norm_adv clip_coef clip_vloss ent_coef vf_coef max_grad_norm target_kl"""
 OURS = """device num_threads max_episode_steps run_dir save_every resume evaluate eval_episodes
-deterministic compile objective kl_penalty_coef kl_penalty_target"""
+deterministic objective kl_penalty_coef kl_penalty_target"""
 
 
 def test_flags_have_cleanrls_names(script):
@@ -816,7 +815,8 @@ def test_what_is_off_by_default(script):
     """Whatever is installed and however the file was started; 0 and the empty string are off."""
     args = tyro.cli(script.Args, args=[])
     assert args == script.Args()
-    assert not (args.compile or args.track or args.capture_video or args.deterministic)
+    assert not (args.track or args.capture_video or args.deterministic)
+    assert not (args.compile if script.__name__ in MLP else args.cuda_graphs)
     assert args.target_kl == 0 and args.max_episode_steps == 0 and args.wandb_entity == ""
     assert args.run_dir == args.resume == args.evaluate == ""
 

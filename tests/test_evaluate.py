@@ -367,6 +367,18 @@ def test_a_checkpoint_of_an_older_version_goes_on_where_it_fits(script, checkpoi
     assert script.evaluate("old", 1).shape == (1,)
 
 
+@pytest.mark.parametrize("value", [True, False])
+def test_an_older_checkpoint_of_atari_may_name_compile(atari, checkpoints, value):
+    """A flag that is gone: evaluated and resumed without it, and no longer in what is saved."""
+    old = saved(checkpoints["ppo_atari"])
+    Path("old").mkdir()
+    torch.save(old | {"args": old["args"] | {"compile": value}}, "old/checkpoint.pt")
+    assert atari.evaluate("old", 1).shape == (1,)
+    result = resume(atari, {"run_dir": "old"}, total_timesteps=old["global_step"] + 32)
+    assert result["global_step"] == saved("old/checkpoint.pt")["global_step"] == old["global_step"] + 32
+    assert "compile" not in saved("old/checkpoint.pt")["args"]
+
+
 def test_no_episodes_are_refused(discrete, checkpoints):
     for number in (0, -1):
         with pytest.raises(discrete.UsageError, match=f"--eval-episodes {number}"):

@@ -1,0 +1,209 @@
+"""On a GPU: --cuda-graphs against eager PyTorch, CUDA against the CPU. Skipped where there is none."""
+
+import copy
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import resume, saved, scalars
+from gymnasium.spaces import Box, Discrete
+
+GPU = "cuda"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+M = 32
+SPACES = {
+    "ppo_discrete": (Box(-9, 9, (5,), np.float32), Discrete(3)),
+    "ppo_continuous": (Box(-9, 9, (5,), np.float32), Box(-1, 1, (2,), np.float32)),
+    "ppo_atari": (Box(0, 255, (4, 84, 84), np.uint8), Discrete(3)),
+}
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    """What is compared is not the rounding of TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def agent_and_args(script, **flags):
+    """An Agent on the CPU, whose heads have left their tiny initial weights, and its arguments."""
+    torch.manual_seed(1)
+    args = script.Args(**flags)
+    agent = script.Agent(*SPACES[script.__name__], args)
+    with torch.no_grad():
+        for x in agent.parameters():
+            x.add_(0.01 * torch.randn_like(x))
+    return agent, args
+
+
+def batch_of(script, seed=0):
+    """2 M rows as train makes them, on the CPU."""
+    numbers = torch.Generator().manual_seed(seed)
+    space, actions = SPACES[script.__name__]
+    if script.__name__ == "ppo_atari":
+        obs = torch.randint(0, 256, (2 * M, *space.shape), generator=numbers, dtype=torch.uint8)
+    else:
+        obs = torch.randn(2 * M, *space.shape, generator=numbers)
+    if isinstance(actions, gym.spaces.Box):
+        taken, logprobs = torch.randn(2 * M, *actions.shape, generator=numbers), torch.full((2 * M,), -3.0)
+    else:
+        taken, logprobs = torch.randint(0, 3, (2 * M,), generator=numbers), torch.full((2 * M,), -1.1)
+    drawn = {x: torch.randn(2 * M, generator=numbers) for x in ("advantages", "returns", "values")}
+    return {"obs": obs, "actions": taken, "logprobs": logprobs} | drawn
+
+
+def on(device, batch):
+    return {name: x.to(device) for name, x in batch.items()}
+
+
+def gradients(agent):
+    return torch.cat([x.grad.flatten() for x in agent.parameters()]).double().cpu()
+
+
+def assert_close(found, expected, tolerance):
+    """Of gradients: the difference is small against the whole."""
+    assert expected.norm() > 0 and found.isfinite().all()
+    assert (found - expected).norm() < tolerance * expected.norm()
+
+
+# --- CUDA against the CPU ---
+
+
+@pytest.mark.parametrize("objective", ["clip", "kl-penalty"])
+def test_gradients_are_those_of_the_cpu(script, objective):
+    """Of one minibatch, with the same weights; the stats as well."""
+    agent, args = agent_and_args(script, objective=objective)
+    batch, rows = batch_of(script), torch.arange(M) * 2
+    other, beta = copy.deepcopy(agent).to(GPU), torch.tensor(0.7)
+    expected = script.compute_gradients(agent, batch, rows, args, beta)
+    found = script.compute_gradients(other, on(GPU, batch), rows.to(GPU), args, beta.to(GPU))
+    assert_close(gradients(other), gradients(agent), 1e-3)
+    for name, x in expected.items():
+        assert found[name].device.type == GPU
+        assert found[name].item() == pytest.approx(x.item(), rel=1e-3, abs=1e-4), name
+
+
+def test_a_run_on_the_gpu_goes_on_on_the_cpu(script, train):
+    """And back; its numbers are finite, and its agent is evaluated on the CPU."""
+    result = train(script, "CountMixed", 4, stop_requested=lambda: True, device=GPU)
+    assert all(x.device.type == GPU and x.isfinite().all() for x in result["agent"].parameters())
+    for iteration, device in ((2, "cpu"), (3, GPU)):
+        result = resume(script, result, stop_requested=lambda: True, device=device)
+        checkpoint = saved(result["run_dir"] / "checkpoint.pt")
+        assert (checkpoint["iteration"], checkpoint["args"]["device"]) == (iteration, device)
+        assert all(x.device.type == device for x in result["agent"].parameters())
+    losses = {key: x for key, x in scalars(result).items() if key.startswith("losses")}
+    assert all(len(x) == 3 and np.isfinite(x).all() for x in losses.values()), losses
+    assert script.evaluate(result["run_dir"], 2).shape == (2,)
+    assert all(x.device.type == "cpu" for x in script.load_agent(result["run_dir"]).parameters())
+
+
+def test_atari_takes_the_gpu_by_default_and_the_others_do_not(script, train, capsys):
+    """--device auto."""
+    agent = train(script, "CountMixed", device="auto")["agent"]
+    expected = GPU if script.__name__ == "ppo_atari" else "cpu"
+    assert next(agent.parameters()).device.type == expected
+    assert capsys.readouterr().out.splitlines()[0].endswith(f"on {expected}")
+
+
+# --- graphs against eager PyTorch ---
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 2e-2)])
+@pytest.mark.parametrize("objective", ["clip", "kl-penalty"])
+def test_a_captured_gradient_is_the_eager_one(atari, objective, precision, tolerance):
+    """Over new batches, rows, betas and weights."""
+    agent, args = agent_and_args(atari, objective=objective, precision=precision, clip_coef=0.5)
+    agent, beta = agent.to(GPU), torch.tensor(0.5, device=GPU)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3, fused=True)
+    graph = atari.captured(atari.compute_gradients, agent)
+    for number in range(4):
+        batch = on(GPU, batch_of(atari, number))
+        rows = torch.randperm(2 * M, device=GPU)[:M]
+        agent.zero_grad()
+        eager = atari.compute_gradients(agent, batch, rows, args, beta)
+        stats = {name: x.item() for name, x in eager.items()}
+        expected = gradients(agent)
+        agent.zero_grad()
+        found = graph(agent, batch, rows, args, beta)
+        assert_close(gradients(agent), expected, tolerance)
+        for name, x in stats.items():
+            assert found[name].item() == pytest.approx(x, rel=10 * tolerance, abs=tolerance), (number, name)
+        optimizer.step()
+        beta.mul_(2)
+
+
+def test_a_captured_policy_draws_as_the_eager_one(atari):
+    """New random numbers in every step, the same ones from the same seed; observations are not mixed up."""
+    agent, _ = agent_and_args(atari)
+    agent, frames = agent.to(GPU), [on(GPU, batch_of(atari, seed))["obs"] for seed in range(4)]
+    found = []
+    for act in (agent.act, atari.captured(agent.act, agent)):
+        torch.manual_seed(7)
+        with torch.no_grad():
+            steps = [[x.clone() for x in act(frames[number % 4].clone())] for number in range(8)]
+        found.append(steps)
+    for eager, replayed in zip(*found, strict=True):
+        assert torch.equal(eager[0], replayed[0]) and torch.equal(eager[1], replayed[1])
+        torch.testing.assert_close(eager[2:], replayed[2:], rtol=1e-4, atol=1e-4)
+    assert not torch.equal(found[1][0][1], found[1][4][1]), "the same frames, other random numbers"
+
+
+FLAGS = {
+    "plain": {},
+    "target-kl": {"learning_rate": 0.01, "target_kl": 1e-3},
+    "kl-penalty": {"objective": "kl-penalty", "kl_penalty_coef": 0.1, "kl_penalty_target": 1e-5},
+    "bf16": {"precision": "bf16"},
+}
+
+
+@pytest.mark.parametrize("what", FLAGS)
+def test_a_training_on_graphs_is_the_eager_one(atari, train, what):
+    """Its losses, updates and betas of the first iterations, up to rounding; then it is evaluated."""
+    flags = {"update_epochs": 3, "device": GPU} | FLAGS[what]
+    eager, replayed = (train(atari, "CountMixed", 3, cuda_graphs=x, **flags) for x in (False, True))
+    logged, again = scalars(eager), scalars(replayed)
+    assert logged.keys() == again.keys()
+    rounding = {"rel": 0.1, "abs": 2e-2} if what == "bf16" else {"rel": 1e-3, "abs": 1e-4}
+    for name in (x for x in logged if x.startswith("losses")):
+        assert np.isfinite(again[name]).all(), name
+        assert again[name] == pytest.approx(logged[name], **rounding), name
+    for name in {"charts/updates", "charts/kl_coef", "charts/episodic_return"} & logged.keys():
+        assert again[name] == logged[name], name
+    if what == "target-kl":
+        assert min(logged["charts/updates"]) < 6, "it ended an update"
+    if what == "kl-penalty":
+        assert len(set(logged["charts/kl_coef"])) > 1, "beta changed"
+    assert all(x.isfinite().all() for x in replayed["agent"].parameters())
+    assert atari.evaluate(replayed["run_dir"], 2).shape == (2,)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_graphs_train_on_a_real_game(atari, train, precision):
+    """Through time limits; with weights and losses that are finite and a return that is a score."""
+    flags = {"num_envs": 4, "num_steps": 32, "max_episode_steps": 40, "precision": precision, "device": GPU}
+    result = train(atari, "BreakoutNoFrameskip-v4", 4, cuda_graphs=True, **flags)
+    assert all(x.isfinite().all() for x in result["agent"].parameters())
+    losses = {key: x for key, x in scalars(result).items() if key.startswith("losses")}
+    assert all(len(x) == 4 and np.isfinite(x).all() for x in losses.values()), losses
+    assert math.isfinite(result["episodic_return"])
+    assert atari.evaluate(result["run_dir"], 1).shape == (1,)
+
+
+def test_a_run_changes_between_graphs_and_eager(atari, train, cli):
+    """Eager, then graphs, then eager again: the curves are those of a run that was eager throughout."""
+    flags = {"update_epochs": 2, "device": GPU}
+    whole = scalars(train(atari, "Stateless", 3, **flags))
+    run = train(atari, "Stateless", 3, stop_requested=lambda: True, **flags)
+    resume(atari, run, stop_requested=lambda: True, cuda_graphs=True)
+    code, _, err = cli(atari, "--resume", run["run_dir"], "--no-cuda-graphs", "--eval-episodes", 0)
+    checkpoint = saved(run["run_dir"] / "checkpoint.pt")
+    assert code == 0 and (checkpoint["iteration"], checkpoint["args"]["cuda_graphs"]) == (3, False), err
+    pieces = scalars(run)
+    for name in (x for x in whole if x.startswith("losses")):
+        assert pieces[name] == pytest.approx(whole[name], rel=1e-2, abs=1e-3, nan_ok=True), name
