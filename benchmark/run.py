@@ -110,6 +110,9 @@ def execute(run):
             subprocess.run(["git", "apply", patch], cwd=run_dir, env=alone, check=True)
             assert script.read_bytes() != original, f"{patch} changed nothing"
         (run_dir / "commit").write_text(run.commit)
+        (run_dir / "recipe").write_text(f"{run.env_id} {run.flags}")
+    what = (run_dir / "recipe").read_text()
+    assert what == f"{run.env_id} {run.flags}", f"{run_dir} is of another recipe, {what}: remove it"
     train(run, run_dir, script)
     return describe(run, run_dir, script)
 
