@@ -422,6 +422,7 @@ class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
         else:
             with suppress(Exception):  # after an error no process of --vectorization async is waited for
                 super().close(terminate=True)
+            self.unwrapped.closed = True  # or it would be closed once more at the end
 
 
 class DropInfos(gym.Wrapper):

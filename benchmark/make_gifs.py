@@ -2,7 +2,7 @@
 
     pip install -r benchmark/requirements.txt
     python benchmark/make_gifs.py benchmark/runs/cartpole-1 benchmark/runs/breakout-fp32-1
-    python benchmark/make_gifs.py benchmark/runs/default-halfcheetah-{1,2,3}
+    python benchmark/make_gifs.py benchmark/runs/halfcheetah-{1,2,3}
 
 Each argument is a run directory or a checkpoint.pt. Agents take deterministic actions in episodes with seeds
 that training never used. Of several runs of one script the one with the highest mean return is filmed, in the
