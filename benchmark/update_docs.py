@@ -117,14 +117,20 @@ def group_of(group):
 
 
 def recipes_table(group):
-    """A row per recipe of a group: what was measured, and what others report."""
+    """A row per measured recipe of a group, with what others report, and one that names the other recipes."""
     entries = group_of(group)
     last = [x for x in ("note", "published") if any(x in entry for entry in entries.values())]
     header = ["recipe", "task", "steps", "training", "sampled", "deterministic"]
     table = [header + [{"published": "published PPO"}.get(x, x) for x in last], rule(len(header + last))]
+    missing = []
     for name, entry in entries.items():
         cells = {"recipe": f"`{name}`", "task": entry["env_id"]} | cells_of(name)
-        table.append([cells[x] for x in header] + [entry.get(x, "") for x in last])
+        if cells["steps"] == NOT_MEASURED:
+            missing.append(f"`{name}`")
+        else:
+            table.append([cells[x] for x in header] + [entry.get(x, "") for x in last])
+    if missing:
+        table.append([f"not measured yet: {', '.join(missing)}", *[""] * (len(header + last) - 1)])
     return markdown(*table)
 
 
