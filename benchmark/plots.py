@@ -51,11 +51,11 @@ def draw_seeds(axis, curves, recipe, **style):
 
 
 def draw_published(axis, recipe, data):
-    """Dashed lines with their names at the right, below the line if all seeds are above it there."""
+    """Dashed lines with their names at the right, below the line if the mean is above it there."""
     at_the_right = data[data["step"] > 0.75 * data["step"].max()]
     for name, value in RECIPES[recipe].get("lines", []):
         axis.axhline(value, color="black", ls="--", lw=1.2)
-        below = at_the_right["return"].min() > value
+        below = at_the_right["return"].mean() > value
         place = {"xytext": (0, -3 if below else 3), "textcoords": "offset points"}
         place |= {"ha": "right", "va": "top" if below else "bottom"}
         axis.annotate(name, (0.98, value), xycoords=("axes fraction", "data"), fontsize=11, **place)
@@ -65,7 +65,7 @@ def draw_published(axis, recipe, data):
 def draw_panels(curves, titles, columns, panel_size, path):
     """A panel per recipe of titles."""
     rows = -(-len(titles) // columns)
-    size = panel_size[0] * columns, panel_size[1] * rows
+    size = panel_size[0] * columns, max(panel_size[1] * rows, 3.4)
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for axis, (recipe, title) in zip(axes.flat, titles.items(), strict=False):
         data = draw_seeds(axis, curves, recipe, color=DARK)
@@ -75,7 +75,7 @@ def draw_panels(curves, titles, columns, panel_size, path):
         axis.set_visible(False)
     for axis in axes[-1]:
         axis.set_xlabel("environment steps")
-    figure.supylabel("return, mean of the last 100 episodes")
+    figure.supylabel("return of the last 100 episodes")
     sns.despine(figure)
     handles = [
         plt.Line2D([], [], color=DARK, lw=2, label="mean of the seeds"),
