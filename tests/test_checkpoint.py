@@ -68,19 +68,19 @@ def test_checkpoints_come_every_save_every_iterations_and_at_the_end(script, tra
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(script, train, monkeypatch):
-    """As on a full disk: half of the file is there, under another name."""
+    """As on a full disk: half of the file was there, under another name."""
     save, calls = torch.save, itertools.count(1)
 
-    def full_disk(data, path):
+    def full_disk(data, file):
         if next(calls) < 2:
-            return save(data, path)
-        Path(path).write_bytes(b"half of a file")
+            return save(data, file)
+        file.write(b"half of a file")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
         train(script, "Count", 3, save_every=1, run_dir="x")
-    assert saved("x/checkpoint.pt")["iteration"] == 1
+    assert saved("x/checkpoint.pt")["iteration"] == 1 and not Path("x/checkpoint.tmp").exists()
     script.load_agent("x")
 
 
