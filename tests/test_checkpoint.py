@@ -512,7 +512,10 @@ def test_an_older_checkpoint_loads_and_resumes(name, play, request):
     assert (result["global_step"], result["run_dir"]) == (64, Path("old"))
     logged, after = scalars(result), saved("old/checkpoint.pt")
     assert logged["charts/learning_rate"] == pytest.approx([0.3, 0.2, 0.1])
-    assert after["args"] == file["args"] | {"target_kl": 0.0, "wandb_entity": "", "run_dir": "old"}
+    expected = file["args"] | {"target_kl": 0.0, "wandb_entity": "", "run_dir": "old"}
+    if name == "atari":  # which has graphs instead of a compiler since then
+        expected = {key: x for key, x in expected.items() if key != "compile"} | {"cuda_graphs": False}
+    assert after["args"] == expected
     steps = {key: int(x["step"]) for key, x in after["optimizer"]["state"].items()}
     assert steps == dict.fromkeys(file["optimizer"]["state"], 4 + 3 * 4)
     if name != "atari":

@@ -256,7 +256,7 @@ def test_names_in_the_text_exist():
     """Each name in a `code span`, such as `Agent.act`, is one of the scripts or of benchmark/."""
     files = [*(SCRIPTS / f"{name}.py" for name in NAMES), *(ROOT / "benchmark").glob("*.*")]
     sources = " ".join(file.read_text() for file in files if file.suffix in (".py", ".csv", ".sh"))
-    known = set(re.findall(r"[A-Za-z_]\w*", sources)) | OTHER_NAMES
+    known = set(re.findall(r"[A-Za-z_]\w*", sources)) | OTHER_NAMES | set(update_docs.read_recipes())
     for page, path in PAGES.items():
         names = re.findall(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)`", prose(path.read_text()))
         names = [name for name in names if not re.search(r"\.(py|csv|md|sh|txt|pt)$", name)]
