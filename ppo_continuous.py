@@ -336,8 +336,7 @@ def train(args, stop_requested=lambda: False):
             charts["action_std"] = agent.actor_logstd.exp().mean().item()
             if args.objective == "kl-penalty":
                 charts["kl_coef"] = kl_coef.item()
-                kl = adapt_kl_coef(kl_coef, agent, batch, args.kl_penalty_target)
-                charts["kl"] = kl
+                charts["kl"] = adapt_kl_coef(kl_coef, agent, batch, args.kl_penalty_target)
 
             # --- 5. diagnostics: nothing below changes the algorithm; losses are means [ours 4] ---
             losses = dict(zip(stats, torch.stack(updates).mean(0).tolist(), strict=True))
@@ -620,7 +619,7 @@ def save_checkpoint(args, iteration, agent, optimizer, envs, kl_coef):
     except (OSError, RuntimeError) as error:  # torch has a RuntimeError for a full disk
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: not written, the one before it is kept, --resume that ({error})") from error
+        raise OSError(f"{path}: not written; an older one, if any, is kept: --resume it ({error})") from error
 
 
 def restore(checkpoint, agent, optimizer, envs, kl_coef):

@@ -1,5 +1,6 @@
 """README.md and docs/: links, commands, snippets, flags, metrics, tags, and what update_docs.py writes."""
 
+import ast
 import dataclasses
 import functools
 import importlib
@@ -230,7 +231,13 @@ def test_a_snippet_runs(number):
     for name in re.findall(r"from (ppo_\w+) import .*load_agent", code):
         (run_dir,) = re.findall(r"load_agent\(\"([\w/-]+?)(?:/checkpoint\.pt)?\"\)", code)
         module(name).train(module(name).Args(run_dir=run_dir, **TINY))
-    exec(compile(code, page, "exec"), {"__name__": "snippet"})
+    names = {"__name__": "snippet"}
+    exec(compile(code, page, "exec"), names)
+    assigned = [node for node in ast.parse(code).body if isinstance(node, ast.Assign)]
+    defined = {
+        x.id for node in assigned for x in ast.walk(node) if isinstance(getattr(x, "ctx", 0), ast.Store)
+    }
+    assert defined <= names.keys() and len(names) > 2, "it ran to its end"
 
 
 def test_there_are_snippets_for_each_script():
