@@ -234,9 +234,8 @@ def test_a_snippet_runs(number):
     names = {"__name__": "snippet"}
     exec(compile(code, page, "exec"), names)
     assigned = [node for node in ast.parse(code).body if isinstance(node, ast.Assign)]
-    defined = {
-        x.id for node in assigned for x in ast.walk(node) if isinstance(getattr(x, "ctx", 0), ast.Store)
-    }
+    written = (x for node in assigned for x in ast.walk(node) if isinstance(x, ast.Name))
+    defined = {x.id for x in written if isinstance(x.ctx, ast.Store)}
     assert defined <= names.keys() and len(names) > 2, "it ran to its end"
 
 
