@@ -1,11 +1,11 @@
-"""Draw the plots of docs/images/ from results.csv, curves.csv and growth.csv.
+"""Draw the plots of docs/images/ from curves.csv, results.csv, random_play.csv and growth.csv.
 
     pip install -r benchmark/requirements.txt
     python benchmark/plots.py
 
     curves.png     the README's: one task per script
     classic.png, mujoco-v5.png, ...   the recipes of a group, with published returns as dashed lines
-    ablation.png   what each detail is worth: the return without it, relative to the script as it is
+    ablation.png   what each detail is worth: scores of ablation.py, 1 is the script as it is
     precision.png  Breakout with the CNN in fp32 and in bf16
     growth.png     speed and memory by number of environments
 
@@ -17,6 +17,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+from ablation import scores_of_runs, summarise
 from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 from recipes import read_recipes
 
@@ -116,30 +117,31 @@ def draw_growth(rows, path):
     figure.savefig(path)
 
 
-def draw_ablation(results, path):
-    """A panel per task: the mean return of each variant, a point per seed, a line for the script as it is."""
-    groups = [name for name in dict.fromkeys(x["group"] for x in RECIPES.values()) if "ablation" in name]
-    rows = results[
-        results["recipe"].map(lambda x: RECIPES.get(x, {"group": ""})["group"]).isin(groups)
-    ].copy()
-    if rows.empty:
-        return
-    rows["variant"] = (
-        rows["recipe"].str.replace(r"^ablation-[a-z0-9]+-", "", regex=True).str.replace("-", " ")
-    )
-    tasks = list(dict.fromkeys(rows["env_id"]))
-    figure, axes = plt.subplots(
-        1, len(tasks), figsize=(4.2 * len(tasks), 4.6), layout="constrained", squeeze=False
-    )
-    for axis, task in zip(axes.flat, tasks, strict=True):
-        mine = rows[rows["env_id"] == task]
-        style = {"data": mine, "y": "variant", "x": "episodic_return", "ax": axis}
-        sns.barplot(**style, color="#9ecae1", errorbar=None)
-        sns.stripplot(**style, color=DARK, size=5, jitter=False)
-        base = mine.loc[mine["variant"] == "as it is", "episodic_return"].mean()
-        axis.axvline(base, color="black", ls="--", lw=1.2)
-        axis.set(title=task, xlabel="return after 300,000 steps", ylabel="")
+def draw_ablation(rows, path):
+    """A panel per script: the score of each variant with its interval, a pale point per run."""
+    summary = summarise(rows)
+    groups = list(dict.fromkeys(summary["group"]))
+    size = 4.6 * len(groups), 4.8
+    figure, axes = plt.subplots(1, len(groups), figsize=size, layout="constrained", squeeze=False)
+    for axis, group in zip(axes.flat, groups, strict=True):
+        mine = summary[summary["group"] == group].sort_values("score")
+        names = mine["variant"].str.replace("-", " ")
+        runs = rows[rows["group"] == group].assign(name=lambda x: x["variant"].str.replace("-", " "))
+        sns.stripplot(runs, x="score", y="name", order=names, color="0.72", size=4, jitter=False, ax=axis)
+        if "low" in mine:
+            axis.hlines(names, mine["low"], mine["high"], color=DARK, lw=2)
+        axis.plot(mine["score"], names, "o", color=DARK, ms=7, zorder=3)
+        axis.axvline(1, color="black", ls="--", lw=1.2)
+        axis.grid(axis="x", color="0.9")
+        title = " and ".join(dict.fromkeys(x.split("-")[0] for x in runs["env_id"]))
+        axis.set(title=title.replace("NoFrameskip", ""), xlabel="score", ylabel="")
     sns.despine(figure)
+    handles = [
+        plt.Line2D([], [], color=DARK, marker="o", lw=2, label="interquartile mean, 95 % interval"),
+        plt.Line2D([], [], color="0.72", marker="o", lw=0, ms=4, label="a run"),
+        plt.Line2D([], [], color="black", ls="--", lw=1.2, label="the script as it is"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path)
 
 
@@ -148,7 +150,7 @@ def main():
     fonts = {"axes.labelsize": 12, "xtick.labelsize": 11, "ytick.labelsize": 11, "legend.fontsize": 11}
     fonts |= {"figure.labelsize": 12, "savefig.dpi": 150}
     sns.set_theme(context="paper", style="ticks", rc=fonts)
-    curves, results = pd.read_csv(HERE / "curves.csv"), pd.read_csv(HERE / "results.csv")
+    curves = pd.read_csv(HERE / "curves.csv")
     drawn = set(curves["recipe"])
     main_titles = {recipe: title for recipe, title in MAIN_RECIPES.items() if recipe in drawn}
     draw_panels(curves, main_titles, 3, (3.6, 3.4), IMAGES / "curves.png")
@@ -157,7 +159,9 @@ def main():
         titles = {name: title for name, title in titles.items() if name in drawn}
         if titles:
             draw_panels(curves, titles, 3, (3.4, 2.9), IMAGES / f"{group}.png")
-    draw_ablation(results, IMAGES / "ablation.png")
+    scores = scores_of_runs(pd.read_csv(HERE / "results.csv"), pd.read_csv(HERE / "random_play.csv"), RECIPES)
+    if len(scores) > 0:
+        draw_ablation(scores, IMAGES / "ablation.png")
     draw_precision(curves, IMAGES / "precision.png")
     draw_growth(pd.read_csv(HERE / "growth.csv"), IMAGES / "growth.png")
 

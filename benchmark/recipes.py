@@ -12,12 +12,13 @@ HERE = Path(__file__).resolve().parent
 
 
 def read_recipes():
-    """{recipe: {group, script, env_id, flags, seeds, patch, and perhaps published, lines, note}}."""
+    """{recipe: {group, script, env_id, flags, seeds, patch, episodes, perhaps published, lines, note}}."""
     recipes = {}
     for group, entries in tomllib.loads((HERE / "recipes.toml").read_text()).items():
         for name, entry in entries.items():
             assert name not in recipes, f"{name} is in two groups of recipes.toml"
-            recipes[name] = {"group": group, "flags": "", "seeds": [1, 2, 3], "patch": ""} | entry
+            usual = {"group": group, "flags": "", "seeds": [1, 2, 3], "patch": "", "episodes": 100}
+            recipes[name] = usual | entry
             recipes[name]["flags"] = " ".join(recipes[name]["flags"].split())
     return recipes
 

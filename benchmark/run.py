@@ -1,8 +1,8 @@
 """Train the recipes of recipes.toml, evaluate them, and add a row per run to results.csv.
 
     pip install -r benchmark/requirements.txt
-    python benchmark/run.py cartpole halfcheetah        # recipes, or groups such as `defaults`; none: all
-    python benchmark/run.py defaults --list             # what is done, and what is left
+    python benchmark/run.py cartpole halfcheetah        # recipes, or groups such as `classic`; none: all
+    python benchmark/run.py classic --list              # what is done, and what is left
     python benchmark/plots.py && python benchmark/update_docs.py
 
 As many runs go on at once as there are cores, with one thread each. A run that has its row is left alone; one
@@ -12,9 +12,10 @@ directory is benchmark/runs/<recipe>-<seed>, with all that it printed in log.txt
 
 results.csv: flags are all but --env-id, --seed, --num-threads and --run-dir; episodic_return is the mean raw
 return of the last 100 training episodes; eval_sampled and eval_deterministic are means over 100 episodes (20
-games of Pong) with seeds that training never used, with their standard deviations; wall_s and sps are of the
-training alone, with whatever else the machine did meanwhile: speeds are in speed.csv. commit is that of the
-script. Rows from before a column existed have it empty. curves.csv has up to 200 points a run.
+games of Pong, 10 in an ablation) with seeds that training never used, with their standard deviations; wall_s
+and sps are of the training alone, with whatever else the machine did meanwhile: speeds are in speed.csv.
+commit is that of the script. Rows from before a column existed have it empty. curves.csv has up to 200
+points a run.
 """
 
 import importlib
@@ -146,7 +147,7 @@ def describe(run, run_dir, script):
     module = importlib.import_module(run.script)
     assert Path(module.__file__) == script, f"{module.__file__} is not the script that was run"
     torch.set_num_threads(1)
-    episodes = 20 if "Pong" in run.env_id else 100  # 20 games of Pong last as long as 100 of others
+    episodes = read_recipes()[run.recipe]["episodes"]
     seed = 1_000_000 + run.seed
     sampled = module.evaluate(run_dir, episodes, deterministic=False, seed=seed)
     best = module.evaluate(run_dir, episodes, deterministic=True, seed=seed)

@@ -178,19 +178,17 @@ def measure_ours(script, args, job):
     script.train(args)
 
 
-def measure_sb3(job):
-    """SB3's PPO, told to do what the script does by default. The script itself is not imported."""
+def sb3_model(script, args, kind="DummyVecEnv", watch=lambda envs: envs):
+    """SB3's PPO, told to do what the script does with args. The script itself is not imported."""
     import gymnasium
     import stable_baselines3 as sb3
     import torch
-    from stable_baselines3.common import callbacks, env_util, vec_env
+    from stable_baselines3.common import env_util, vec_env
 
-    args = types.SimpleNamespace(**job["hyperparameters"])
-    torch.set_num_threads(job["flags"].get("num_threads", 0) or torch.get_num_threads())
-    if TASKS[job["task"]]["script"] == "ppo_atari":
-        kind = vec_env.SubprocVecEnv if "subproc" in job["program"] else vec_env.DummyVecEnv
+    if script == "ppo_atari":
         env_id = f"ale_py:{args.env_id}"  # imports ale_py, which registers it, in workers as well
-        envs = env_util.make_atari_env(env_id, args.num_envs, seed=1, vec_env_cls=kind)
+        kind = getattr(vec_env, kind)
+        envs = env_util.make_atari_env(env_id, args.num_envs, seed=args.seed, vec_env_cls=kind)
         envs = vec_env.VecFrameStack(envs, 4)
         policy, kwargs = "CnnPolicy", {}
     else:
@@ -199,25 +197,12 @@ def measure_sb3(job):
         kwargs = {"net_arch": list(args.hidden_sizes), "activation_fn": torch.nn.Tanh}
         if args.norm_obs:
             envs = vec_env.VecNormalize(envs, gamma=args.gamma)
-    clock = Clock(job, args.num_steps * args.num_envs)
-
-    class Callback(callbacks.BaseCallback):
-        def _on_rollout_start(self):
-            if self.num_timesteps:  # the first one starts before anything was trained
-                clock.iteration_ended()
-
-        def _on_rollout_end(self):
-            clock.rollout_ended(time.perf_counter())
-
-        def _on_step(self):
-            return True
-
-    model = sb3.PPO(
+    return sb3.PPO(
         policy,
-        clock.watch(envs, "step_wait"),
+        watch(envs),
         learning_rate=lambda remaining: remaining * args.learning_rate,
         n_steps=args.num_steps,
-        batch_size=clock.batch // args.num_minibatches,
+        batch_size=args.num_steps * args.num_envs // args.num_minibatches,
         n_epochs=args.update_epochs,
         gamma=args.gamma,
         gae_lambda=args.gae_lambda,
@@ -228,8 +213,31 @@ def measure_sb3(job):
         max_grad_norm=args.max_grad_norm,
         policy_kwargs=kwargs,
         device=args.device,
-        seed=1,
+        seed=args.seed,
     )
+
+
+def measure_sb3(job):
+    import torch
+    from stable_baselines3.common.callbacks import BaseCallback
+
+    args = types.SimpleNamespace(**job["hyperparameters"])
+    torch.set_num_threads(job["flags"].get("num_threads", 0) or torch.get_num_threads())
+    clock = Clock(job, args.num_steps * args.num_envs)
+
+    class Callback(BaseCallback):
+        def _on_rollout_start(self):
+            if self.num_timesteps:  # the first one starts before anything was trained
+                clock.iteration_ended()
+
+        def _on_rollout_end(self):
+            clock.rollout_ended(time.perf_counter())
+
+        def _on_step(self):
+            return True
+
+    kind = "SubprocVecEnv" if "subproc" in job["program"] else "DummyVecEnv"
+    model = sb3_model(TASKS[job["task"]]["script"], args, kind, lambda envs: clock.watch(envs, "step_wait"))
     model.learn(args.total_timesteps, Callback())
 
 
@@ -396,14 +404,14 @@ def machine():
     return {"cpu": cpu, "cores": cores, "gpu": gpu, "versions": versions}
 
 
-def save(name, rows):
+def save(name, rows, order=tuple(TASKS)):
     """Write rows to a CSV file of this folder, in place of older ones of the same tasks; return all."""
     tasks = {row["task"] for row in rows}
     made = {"commit": commit_of(HERE.parent), "date": datetime.now(UTC).date().isoformat()}
     path, rows = HERE / name, [row | machine() | made for row in rows]
     if path.exists():
         rows += [row for row in csv.DictReader(path.open(newline="")) if row["task"] not in tasks]
-    rows.sort(key=lambda row: list(TASKS).index(row["task"]))
+    rows.sort(key=lambda row: order.index(row["task"]))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row), restval="")
         writer.writeheader()

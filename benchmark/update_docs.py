@@ -3,8 +3,10 @@
 It fills
 - the cells of tables whose first column is `recipe`, from results.csv (and `minutes` from speed.csv);
 - comments `# <recipe>: ...` behind commands in blocks of code, from the same files;
-- the tables marked <!-- speed -->, <!-- growth --> and <!-- threads -->, from the file of that name;
+- the tables marked <!-- speed -->, <!-- growth -->, <!-- threads --> and <!-- time_to_result -->, from speed.csv,
+  growth.csv, threads.csv and time_to_result.csv;
 - tables marked <!-- recipes: group --> and commands marked <!-- commands: group -->, from recipes.toml;
+- tables marked <!-- ablation: group -->, from ablation.csv and results.csv;
 - the column `where` of tables whose first column is `tag`, from the scripts themselves.
 All else stays as it is; a second run changes nothing. tests/test_docs.py fails while a page is out of date.
 """
@@ -12,6 +14,7 @@ All else stays as it is; a second run changes nothing. tests/test_docs.py fails 
 import ast
 import csv
 import functools
+import math
 import re
 import statistics
 import textwrap
@@ -34,7 +37,10 @@ PROGRAMS = {
 @functools.cache
 def rows_of(name):
     """The rows of benchmark/<name>.csv."""
-    with (ROOT / "benchmark" / f"{name}.csv").open(newline="") as file:
+    path = ROOT / "benchmark" / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -134,6 +140,24 @@ def recipes_table(group):
     return markdown(*table)
 
 
+def ablation_table(group):
+    """A row per variant: its return on each task, and its score over all of them, from ablation.csv."""
+    scores = {row["variant"]: row for row in rows_of("ablation") if row["group"] == group}
+    entries = group_of(group)
+    tasks = list(dict.fromkeys(entry["env_id"] for entry in entries.values()))
+    table = [["variant", *tasks, "score"], rule(2 + len(tasks))]
+    for variant, score in scores.items():
+        row = [variant.replace("-", " ")]
+        for task in tasks:
+            name = next(x for x, entry in entries.items() if entry["env_id"] == task and x.endswith(variant))
+            row.append(cells_of(name)["training"])
+        interval = f" ({float(score['low']):.2f} to {float(score['high']):.2f})" if score["low"] else ""
+        table.append([*row, f"{float(score['score']):.2f}{interval}"])
+    if not scores:
+        table.append([NOT_MEASURED] + [""] * (1 + len(tasks)))
+    return markdown(*table)
+
+
 def command_lines(group):
     """The commands of a group in a block of code, each after its name, in lines of at most 110 columns."""
     lines = ["```bash"]
@@ -215,8 +239,35 @@ def threads_table():
     return markdown(*table)
 
 
-TABLES = {"speed": speed_table, "growth": growth_table, "threads": threads_table}
-OF_GROUPS = {"recipes": recipes_table, "commands": command_lines}
+TIMED = {"eager": "ours", "compile": "ours, `--compile`", "sb3": "Stable-Baselines3"}
+
+
+def time_table():
+    """Minutes until a return is reached: the median over seeds, and each seed."""
+    rows = rows_of("time_to_result")
+    programs = list(dict.fromkeys(row["program"] for row in rows))
+    table = [["task", "return", *(TIMED[program] for program in programs)], rule(2 + len(programs))]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        mine = [row for row in rows if row["task"] == task]
+        cells = [task, f"{float(mine[0]['target']):,.0f}"]
+        for program in programs:
+            # a run that ended before it got there took longer than all that did
+            times = [float(x["minutes"] or "inf") for x in mine if x["program"] == program]
+            shown = [
+                f"{x:.1f}" if x < math.inf else "not reached" for x in (statistics.median(times), *times)
+            ]
+            cells.append(f"{shown[0]}<br>{', '.join(shown[1:])}")
+        table.append(cells)
+    return markdown(*table)
+
+
+TABLES = {
+    "speed": speed_table,
+    "growth": growth_table,
+    "threads": threads_table,
+    "time_to_result": time_table,
+}
+OF_GROUPS = {"recipes": recipes_table, "commands": command_lines, "ablation": ablation_table}
 
 
 # --- details ---
@@ -287,7 +338,7 @@ def updated(text):
         if line.startswith("```"):
             in_code = not in_code
         mark = re.fullmatch(r"<!-- (\w+) -->", line)
-        of_group = re.fullmatch(r"<!-- (recipes|commands): ([\w-]+) -->", line)
+        of_group = re.fullmatch(r"<!-- (recipes|commands|ablation): ([\w-]+) -->", line)
         if of_group:
             lines += [line, *OF_GROUPS[of_group[1]](of_group[2])]
             number_of = end_of_written(old, number_of)

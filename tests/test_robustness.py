@@ -396,7 +396,6 @@ def test_memory_and_open_files_stay_flat(script):
     script.train(script.Args(env_id=env_id, total_timesteps=10**9, num_threads=1, **small), stop)
     warm = [x for x in samples if x[0] > 0.1 * samples[-1][0]]
     first, last = warm[0], warm[-1]
-    print(
-        f"{script.__name__}: {first[1]:.0f} MB and {first[2]} files, {last[1]:.0f} and {last[2]} at the end"
-    )
+    ends = [f"{megabytes:.1f} MB and {files} files" for _, megabytes, files in (first, last)]
+    print(f"{script.__name__}: {' after a tenth, '.join(ends)} after {len(samples)} iterations")
     assert last[2] <= first[2] and last[1] <= first[1] * (1.02 if LONG else 1.05)
