@@ -830,8 +830,7 @@ def main():
                 return
         if args.evaluate or args.eval_episodes > 0:
             how = args.deterministic, 10**6 + args.seed, args.capture_video
-            limit = args.max_episode_steps
-            returns = evaluate(checkpoint, args.eval_episodes, *how, max_episode_steps=limit)
+            returns = evaluate(checkpoint, args.eval_episodes, *how, max_episode_steps=args.max_episode_steps)
             means = np.random.default_rng(0).choice(returns, (10_000, len(returns))).mean(1)  # bootstrap
             low, high = np.percentile(means, [2.5, 97.5])
             kind = f"{len(returns)} {'deterministic' if args.deterministic else 'sampled'} episodes"

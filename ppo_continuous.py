@@ -30,6 +30,7 @@ import random
 import shlex
 import signal
 import sys
+import threading
 import time
 import zipfile
 from contextlib import closing, contextmanager, suppress
@@ -391,14 +392,12 @@ class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
     def __init__(self, envs, args):
         super().__init__(envs)
         self.space = envs.single_action_space
-        self.norm_reward, self.gamma = args.norm_reward, args.gamma
-        self.env_id = args.env_id
+        self.norm_reward, self.gamma, self.env_id = args.norm_reward, args.gamma, args.env_id
         self.discounted = np.zeros(self.num_envs)  # (N,) discounted sum of the episode's rewards so far
         self.mean, self.var, self.count = 0.0, 1.0, 0.0  # of self.discounted, over all environments
 
     def step(self, actions):
-        # [cont 5] the buffer keeps the unclipped ones
-        actions = actions.clip(self.space.low, self.space.high)
+        actions = actions.clip(self.space.low, self.space.high)  # [cont 5] the buffer keeps unclipped ones
         if self.space.dtype.kind != "f":
             actions = np.rint(actions)
         actions = actions.astype(self.space.dtype)
@@ -416,12 +415,14 @@ class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
         return obs, rewards, terminated, truncated, infos
 
     def close(self, **kwargs):
-        if sys.exc_info()[0] is None:
-            super().close(**kwargs)
-        else:
-            with suppress(Exception):  # after an error no process of --vectorization async is waited for
-                super().close(terminate=True)
-            self.unwrapped.closed = True  # or it would be closed once more at the end
+        failed = sys.exc_info()[0] is not None  # then no process of --vectorization async is waited for
+        hint = f"--env-id {self.env_id} does not close: Ctrl-C twice ends it, what was trained is saved"
+        timer = threading.Timer(10, print, [hint])
+        timer.start()
+        with suppress(Exception):  # the training has ended, whatever fails here
+            super().close(terminate=failed, **kwargs)
+        timer.cancel()
+        self.unwrapped.closed = True  # or it would be closed once more at the end
 
 
 class DropInfos(gym.Wrapper):
@@ -585,8 +586,7 @@ def try_compiler():
     try:
         compiled(torch.sin, torch.device("cpu"))(torch.zeros(1))
     except Exception as error:
-        hint = "apt install g++ python3-dev, or --no-compile"
-        raise UsageError(f"--compile: {hint} ({' '.join(str(error).split()):.200})") from error
+        raise UsageError(f"--compile: install g++ python3-dev, or --no-compile ({error!r:.200})") from error
 
 
 def save_checkpoint(args, iteration, agent, optimizer, envs, kl_coef):
@@ -779,8 +779,7 @@ def main():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if args.evaluate or args.eval_episodes > 0:
             how = args.deterministic, 10**6 + args.seed, args.capture_video
-            limit = args.max_episode_steps
-            returns = evaluate(checkpoint, args.eval_episodes, *how, max_episode_steps=limit)
+            returns = evaluate(checkpoint, args.eval_episodes, *how, max_episode_steps=args.max_episode_steps)
             means = np.random.default_rng(0).choice(returns, (10_000, len(returns))).mean(1)  # bootstrap
             low, high = np.percentile(means, [2.5, 97.5])
             kind = f"{len(returns)} {'deterministic' if args.deterministic else 'sampled'} episodes"
@@ -790,6 +789,8 @@ def main():
         print(f"train on:    {command} --resume {path} --total-timesteps {2 * saved['global_step']}")
         print(f"look at it:  tensorboard --logdir {shlex.quote(saved['args'].run_dir)} (and its videos/)")
     except (UsageError, FloatingPointError, OSError) as error:
+        if hasattr(error, "__notes__"):  # of an environment: where it comes from is in the traceback
+            raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except Exception as error:

@@ -3,8 +3,8 @@
 It fills
 - the cells of tables whose first column is `recipe`, from results.csv (and `minutes` from speed.csv);
 - comments `# <recipe>: ...` behind commands in blocks of code, from the same files;
-- the tables marked <!-- speed -->, <!-- growth -->, <!-- threads --> and <!-- time_to_result -->, from speed.csv,
-  growth.csv, threads.csv and time_to_result.csv;
+- the tables marked <!-- speed -->, <!-- growth -->, <!-- threads --> and <!-- time_to_result -->, from the
+  files of these names;
 - tables marked <!-- recipes: group --> and commands marked <!-- commands: group -->, from recipes.toml;
 - tables marked <!-- ablation: group -->, from ablation.csv and results.csv;
 - the column `where` of tables whose first column is `tag`, from the scripts themselves.

@@ -44,6 +44,19 @@ class Raises(Good):
         raise KeyError("a mistake of the environment")
 
 
+class RaisesOSError(Good):
+    """As an environment does that reads a file."""
+
+    def break_down(self):
+        raise OSError("a file of the environment")
+
+
+class NeverCloses(Good):
+    def close(self):
+        if self.total > 0:  # gymnasium opens and closes one more to look at its spaces
+            time.sleep(3600)
+
+
 class WrongShape(Good):
     def observe(self):
         return np.zeros(3 if self.total >= 30 else 2, np.float32)
@@ -104,6 +117,8 @@ class Wanted(Good):
 for kind in (
     Good,
     Raises,
+    RaisesOSError,
+    NeverCloses,
     WrongShape,
     WrongType,
     FirstStep,

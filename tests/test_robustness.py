@@ -24,6 +24,7 @@ from conftest import SCRIPTS, copied, plain, resume, same, saved, scalars, state
 LONG = bool(os.environ.get("LONG"))
 FAST = ["--num-envs", "2", "--num-steps", "32", "--num-minibatches", "2", "--update-epochs", "1"]
 FAST += ["--eval-episodes", "0", "--run-dir", "run"]
+UNBUFFERED = {"PYTHONUNBUFFERED": "1"}
 
 
 def bad_id(script, name):
@@ -37,7 +38,7 @@ def start(name, *argv, launcher=None, **kwargs):
     return subprocess.Popen(command, start_new_session=True, **pipes, **kwargs)
 
 
-def wait_for(condition, process, seconds=60):
+def wait_for(condition, process, seconds=180):
     until = time.time() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -158,14 +159,30 @@ def test_a_film_that_fails_is_one_line_after_the_checkpoint(discrete, cli, monke
 # --- environments ---
 
 
-@pytest.mark.parametrize("name", ["Raises", "WrongShape"])
+@pytest.mark.parametrize("name", ["Raises", "RaisesOSError", "WrongShape"])
 def test_an_environment_that_fails_says_which_and_when(mlp_script, cli, name):
     """The traceback is the user's; its last line has the environment and the step of the episode."""
     env_id = bad_id(mlp_script, name)
-    with pytest.raises((KeyError, ValueError)) as failure:
+    with pytest.raises((KeyError, ValueError, OSError)) as failure:
         cli(mlp_script, "--env-id", env_id, *FAST)
     (note,) = failure.value.__notes__
     assert note == f"--env-id {env_id}: after [9 9] steps of the episodes"
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_an_environment_that_hangs_in_close_is_named(discrete, vectorization):
+    """After ten seconds; by then the checkpoint is written, and two Ctrl-C end the process."""
+    argv = ["--env-id", "bad_envs:NeverCloses-v0", *FAST, "--total-timesteps", 64]
+    process = start("ppo_discrete", *argv, "--vectorization", vectorization, env=os.environ | UNBUFFERED)
+    lines = iter(process.stdout.readline, "")
+    assert any("bad_envs:NeverCloses-v0 does not close: Ctrl-C twice" in line for line in lines)
+    assert saved("run/checkpoint.pt")["iteration"] == 1
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.5)
+    assert process.wait(timeout=30) == -signal.SIGINT
+    if vectorization == "async":
+        os.killpg(process.pid, signal.SIGKILL)  # the workers, which sleep
 
 
 def test_numbers_that_are_not_finite_name_the_step(mlp_script, train):
@@ -188,8 +205,28 @@ def test_a_worker_that_dies_ends_the_run(mlp_script):
     """At once, although the others still wait for their next step; the line names the environment."""
     argv = ["--env-id", bad_id(mlp_script, "Dies"), *FAST, "--vectorization", "async"]
     process = start(mlp_script.__name__, *argv)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 1 and "bad_envs:Dies" in err.strip().splitlines()[-1]
+
+
+def test_workers_that_cannot_be_closed_are_left_alone(mlp_script, monkeypatch):
+    """Closing them once more, when Python ends, would wait for an answer that never comes."""
+    envs = mlp_script.make_envs(mlp_script.Args(env_id=bad_id(mlp_script, "Good"), vectorization="async"), 2)
+    close_extras, calls = envs.unwrapped.close_extras, []
+
+    def fails(**kwargs):
+        calls.append(kwargs)
+        close_extras(**kwargs)
+        raise EOFError
+
+    monkeypatch.setattr(envs.unwrapped, "close_extras", fails)
+    with pytest.raises(KeyError):
+        try:
+            raise KeyError("in the training")
+        finally:
+            envs.close()
+    envs.close()
+    assert calls == [{"terminate": True}] and not any(x.is_alive() for x in envs.unwrapped.processes)
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
@@ -201,7 +238,7 @@ def test_ctrl_c_reaches_main_alone(discrete, method):
     process = start("", *argv, launcher=["-c", code])
     wait_for(Path("run/checkpoint.pt").exists, process)
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=180)
     assert process.returncode == 130 and "stopped by signal 2" in out and "Traceback" not in err
     assert saved("run/checkpoint.pt")["iteration"] >= 1
 
