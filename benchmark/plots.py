@@ -155,10 +155,13 @@ def main():
     main_titles = {recipe: title for recipe, title in MAIN_RECIPES.items() if recipe in drawn}
     draw_panels(curves, main_titles, 3, (3.6, 3.4), IMAGES / "curves.png")
     for group in PLOTTED_GROUPS:
-        titles = {name: f"{name}\n{x['env_id']}" for name, x in RECIPES.items() if x["group"] == group}
+        entries = {name: x for name, x in RECIPES.items() if x["group"] == group}
+        titles = {name: x["env_id"] for name, x in entries.items()}
+        if len(set(titles.values())) < len(titles):  # two recipes of one task
+            titles = {name: f"{name}\n{title}" for name, title in titles.items()}
         titles = {name: title for name, title in titles.items() if name in drawn}
         if titles:
-            draw_panels(curves, titles, 3, (3.4, 2.9), IMAGES / f"{group}.png")
+            draw_panels(curves, titles, 4 if len(titles) > 9 else 3, (3.4, 2.9), IMAGES / f"{group}.png")
     scores = scores_of_runs(pd.read_csv(HERE / "results.csv"), pd.read_csv(HERE / "random_play.csv"), RECIPES)
     if len(scores) > 0:
         draw_ablation(scores, IMAGES / "ablation.png")

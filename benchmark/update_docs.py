@@ -7,7 +7,8 @@ It fills
   files of these names;
 - tables marked <!-- recipes: group --> and commands marked <!-- commands: group -->, from recipes.toml;
 - tables marked <!-- ablation: group -->, from ablation.csv and results.csv;
-- the column `where` of tables whose first column is `tag`, from the scripts themselves.
+- of tables whose first column is `tag`, the column `where` from the scripts themselves, and `without it` from
+  ablation.csv.
 All else stays as it is; a second run changes nothing. tests/test_docs.py fails while a page is out of date.
 """
 
@@ -311,6 +312,21 @@ def where(tag):
     return ", ".join(places)
 
 
+ABLATIONS = {
+    "ablation-classic": "classic control",
+    "ablation-mujoco": "MuJoCo",
+    "ablation-atari": "Breakout",
+}
+
+
+def without(tag):
+    """`0.71 MuJoCo`: the scores of the scripts without a detail, from ablation.csv; empty if none was run."""
+    entries = [(name, x) for name, x in read_recipes().items() if x.get("without") == tag]
+    variants = dict.fromkeys((entry["group"], name.split("-", 2)[2]) for name, entry in entries)
+    scores = {(row["group"], row["variant"]): float(row["score"]) for row in rows_of("ablation")}
+    return ", ".join(f"{scores[x]:.2f} {ABLATIONS[x[0]]}" for x in variants if x in scores)
+
+
 # --- files ---
 
 
@@ -359,7 +375,8 @@ def updated(text):
                 line = markdown([new.get(name, cell) for name, cell in zip(header, cells, strict=True)]).pop()
             elif header[0] == "tag" and set(cells[0]) != {"-"}:
                 named = zip(header, cells, strict=True)
-                line = markdown([where(cells[0]) if name == "where" else x for name, x in named]).pop()
+                filled = {"where": where, "without it": without}
+                line = markdown([filled[name](cells[0]) if name in filled else x for name, x in named]).pop()
         else:
             header = None
         lines.append(line)
