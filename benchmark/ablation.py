@@ -3,12 +3,14 @@
     pip install -r benchmark/requirements.txt
     python benchmark/ablation.py
 
-The score of a run is 0 for the mean return of random actions and 1 for that of the script as it is, on the
-same task. A row has the interquartile mean of the scores of a variant over the seeds of all tasks of its
-group, and the 95 % interval of a bootstrap that is stratified by task: https://arxiv.org/abs/2108.13264. With
-three seeds a task, such an interval is rather too narrow than too wide.
+The score of a run is 0 for the mean return of random actions and 1 for the mean of the script as it is, on
+the same task. A row has the mean score of a variant over the seeds and tasks of its group, and a 95 %
+interval: a bootstrap that draws from the seeds of each task by itself, of the variant and, since their mean
+is uncertain too, of the script as it is. With three seeds a task, such an interval is rather too narrow than
+too wide.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -17,42 +19,46 @@ from recipes import read_recipes
 from scipy import stats
 
 HERE = Path(__file__).resolve().parent
+COLUMNS = ["group", "variant", "env_id", "seed", "return", "score"]
 
 
 def scores_of_runs(results, random_play, recipes):
-    """A row per run of an ablation: group, variant, env_id, seed, return, score. In the order of recipes."""
+    """A row per run of an ablation, with COLUMNS, in the order of recipes."""
     rows = []
     for name, entry in recipes.items():
         if entry["group"].startswith("ablation"):
-            _, _, variant = name.split("-", 2)  # ablation-<task>-<variant>
-            runs = results[results["recipe"] == name]
-            found = {"group": entry["group"], "variant": variant, "env_id": entry["env_id"]}
-            for seed, mean_return in zip(runs["seed"], runs["episodic_return"], strict=True):
-                rows.append(found | {"seed": seed, "return": mean_return})
-    if not rows:
-        return pd.DataFrame(columns=["group", "variant", "env_id", "seed", "return", "score"])
-    rows = pd.DataFrame(rows)
+            variant = name.split("-", 2)[2]  # ablation-<task>-<variant>
+            for run in results[results["recipe"] == name].itertuples():
+                rows.append(
+                    [entry["group"], variant, entry["env_id"], run.seed, run.episodic_return, math.nan]
+                )
+    rows = pd.DataFrame(rows, columns=COLUMNS)
     zero = rows["env_id"].map(random_play.set_index("env_id")["return"])
     as_it_is = rows[rows["variant"] == "as-it-is"].groupby("env_id")["return"].mean()
     rows["score"] = (rows["return"] - zero) / (rows["env_id"].map(as_it_is) - zero)
     return rows.dropna(subset="score")  # nothing to compare with yet
 
 
-def interquartile_mean(*tasks, axis=-1):
-    return stats.trim_mean(np.concatenate(tasks, axis=axis), 0.25, axis=axis)
+def mean_score(*samples, axis=-1):
+    """samples: the runs of the variant on each task, then those of the script as it is; 0 is random play."""
+    half = len(samples) // 2
+    ones = [sample.mean(axis, keepdims=True) for sample in samples[half:]]
+    return np.mean([(x / one).mean(axis) for x, one in zip(samples[:half], ones, strict=True)], axis=0)
 
 
 def summarise(rows):
     """A row per group and variant."""
     summary = []
     for (group, variant), runs in rows.groupby(["group", "variant"], sort=False):
-        tasks = [task["score"].to_numpy() for _, task in runs.groupby("env_id")]
-        row = {"group": group, "variant": variant, "runs": len(runs), "score": interquartile_mean(*tasks)}
-        if all(len(task) > 1 for task in tasks):
-            options = {"paired": False, "method": "percentile", "rng": 1, "vectorized": True}
-            interval = stats.bootstrap(tasks, interquartile_mean, **options).confidence_interval
-            row |= {"low": interval.low, "high": interval.high}
-        summary.append(row)
+        tasks = list(dict.fromkeys(runs["env_id"]))
+        as_it_is = rows[(rows["group"] == group) & (rows["variant"] == "as-it-is")]
+        samples = [x.loc[x["env_id"] == task, "score"].to_numpy() for x in (runs, as_it_is) for task in tasks]
+        low = high = math.nan
+        if min(map(len, samples)) > 1:
+            options = {"paired": False, "method": "percentile", "rng": 1}
+            low, high = stats.bootstrap(samples, mean_score, **options).confidence_interval
+        row = {"group": group, "variant": variant, "tasks": len(tasks), "runs": len(runs)}
+        summary.append(row | {"score": mean_score(*samples), "low": low, "high": high})
     return pd.DataFrame(summary).round(3)
 
 

@@ -128,8 +128,7 @@ def draw_ablation(rows, path):
         names = mine["variant"].str.replace("-", " ")
         runs = rows[rows["group"] == group].assign(name=lambda x: x["variant"].str.replace("-", " "))
         sns.stripplot(runs, x="score", y="name", order=names, color="0.72", size=4, jitter=False, ax=axis)
-        if "low" in mine:
-            axis.hlines(names, mine["low"], mine["high"], color=DARK, lw=2)
+        axis.hlines(names, mine["low"], mine["high"], color=DARK, lw=2)
         axis.plot(mine["score"], names, "o", color=DARK, ms=7, zorder=3)
         axis.axvline(1, color="black", ls="--", lw=1.2)
         axis.grid(axis="x", color="0.9")
@@ -137,7 +136,7 @@ def draw_ablation(rows, path):
         axis.set(title=title.replace("NoFrameskip", ""), xlabel="score", ylabel="")
     sns.despine(figure)
     handles = [
-        plt.Line2D([], [], color=DARK, marker="o", lw=2, label="interquartile mean, 95 % interval"),
+        plt.Line2D([], [], color=DARK, marker="o", lw=2, label="mean score, 95 % interval"),
         plt.Line2D([], [], color="0.72", marker="o", lw=0, ms=4, label="a run"),
         plt.Line2D([], [], color="black", ls="--", lw=1.2, label="the script as it is"),
     ]

@@ -101,19 +101,24 @@ def execute(run):
     run_dir = RUNS / f"{run.recipe}-{run.seed}"
     run_dir.mkdir(parents=True, exist_ok=True)
     script = run_dir / f"{run.script}.py"
+    what = " ".join(x for x in (run.env_id, run.flags, run.patch) if x)
     if not script.exists():
-        script.write_bytes(git("show", f"{run.commit}:{run.script}.py"))
+        (run_dir / "commit").write_text(run.commit)
+        (run_dir / "recipe").write_text(what)
+        copy = run_dir / "copy" / script.name  # it takes its place when all has been done to it
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(git("show", f"{run.commit}:{script.name}"))
         if run.patch:
-            original = script.read_bytes()
+            original = copy.read_bytes()
             # outside of a repository, as it were: inside of one, git takes paths from its top
             alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(RUNS)}
             patch = HERE / "ablations" / f"{run.script}-{run.patch}.patch"
-            subprocess.run(["git", "apply", patch], cwd=run_dir, env=alone, check=True)
-            assert script.read_bytes() != original, f"{patch} changed nothing"
-        (run_dir / "commit").write_text(run.commit)
-        (run_dir / "recipe").write_text(f"{run.env_id} {run.flags}")
-    what = (run_dir / "recipe").read_text()
-    assert what == f"{run.env_id} {run.flags}", f"{run_dir} is of another recipe, {what}: remove it"
+            subprocess.run(["git", "apply", patch], cwd=copy.parent, env=alone, check=True)
+            assert copy.read_bytes() != original, f"{patch} changed nothing"
+        copy.replace(script)
+        copy.parent.rmdir()
+    made_for = (run_dir / "recipe").read_text().strip()
+    assert made_for == what, f"{run_dir} is of another recipe, {made_for}: remove it"
     train(run, run_dir, script)
     return describe(run, run_dir, script)
 

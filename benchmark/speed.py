@@ -180,6 +180,9 @@ def measure_ours(script, args, job):
 
 def sb3_model(script, args, kind="DummyVecEnv", watch=lambda envs: envs):
     """SB3's PPO, told to do what the script does with args. The script itself is not imported."""
+    vector = script != "ppo_atari"
+    assert args.anneal_lr and args.norm_adv, "what is not passed on is the same in both"
+    assert not vector or (args.activation == "tanh" and args.norm_obs == args.norm_reward)
     import gymnasium
     import stable_baselines3 as sb3
     import torch
@@ -404,14 +407,14 @@ def machine():
     return {"cpu": cpu, "cores": cores, "gpu": gpu, "versions": versions}
 
 
-def save(name, rows, order=tuple(TASKS)):
+def save(name, rows):
     """Write rows to a CSV file of this folder, in place of older ones of the same tasks; return all."""
     tasks = {row["task"] for row in rows}
     made = {"commit": commit_of(HERE.parent), "date": datetime.now(UTC).date().isoformat()}
     path, rows = HERE / name, [row | machine() | made for row in rows]
     if path.exists():
         rows += [row for row in csv.DictReader(path.open(newline="")) if row["task"] not in tasks]
-    rows.sort(key=lambda row: order.index(row["task"]))
+    rows.sort(key=lambda row: list(TASKS).index(row["task"]))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row), restval="")
         writer.writeheader()

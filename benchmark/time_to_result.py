@@ -4,13 +4,18 @@
     python benchmark/time_to_result.py                     # time_to_result.csv
     python benchmark/time_to_result.py --tasks cartpole --seeds 1 2 3 4 5
 
-The clock starts with the process, so that imports, compiling and the first steps count, and stops with the
-first iteration after which the mean of the last 100 training episodes is at least the target. Programs have
-one thread each, and as many of them run at once as there are cores. The hyperparameters are the defaults of
-the script, also the length of the run, over which the learning rate falls; a run that ends before it has
-reached the target has no minutes.
+The clock starts with the process, so that imports, compiling (from an empty cache) and the first steps count,
+and stops with the first iteration after which the mean return of the last 100 training episodes is at least
+the target. Programs have one thread each, and as many of them run at once as there are cores. The
+hyperparameters are the defaults of the script, also the length of the run, over which the learning rate falls;
+a run that ends before it has reached the target has no minutes.
+
+One setting is not the same: SB3 does not clip values here, as it does not by default. Its clipping is another
+one, which does not take the larger of the two errors: a value that was moved far the wrong way then gets no
+gradient.
 """
 
+import csv
 import dataclasses
 import importlib
 import json
@@ -20,27 +25,30 @@ import sys
 import tempfile
 import time
 import types
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import UTC, datetime
 from pathlib import Path
 
 import speed
 
 HERE = Path(__file__).resolve().parent
-OURS, COMPILED, SB3 = "eager", "compile", "sb3"
+EPISODES = 100  # whose mean return counts
 
 
 @dataclasses.dataclass
 class Task:
     script: str
     target: float
-    programs: tuple[str, ...] = (OURS, COMPILED, SB3)
+    programs: tuple[str, ...] = ("eager", "compile", "sb3")
     flags: dict = dataclasses.field(default_factory=dict)  # that are not at their default
 
 
 TASKS = {
     "cartpole": Task("ppo_discrete", 475),
     "halfcheetah": Task("ppo_continuous", 1500),
-    "pong": Task("ppo_atari", 0, (OURS, SB3), {"env_id": "PongNoFrameskip-v4", "total_timesteps": 2_000_000}),
+    "pong": Task(
+        "ppo_atari", 0, ("eager", "sb3"), {"env_id": "PongNoFrameskip-v4", "total_timesteps": 2_000_000}
+    ),
 }
 
 
@@ -55,31 +63,32 @@ class Args:
 
 
 class Reached(Exception):  # noqa: N818 - it is good news
-    """The target, with the steps that it took and the mean return."""
+    """The target: the steps that it took, the mean return, and when."""
+
+    def __init__(self, steps, mean_return):
+        super().__init__(steps, mean_return)
+        self.steps, self.mean_return, self.at = steps, float(mean_return), time.time()
 
 
-def run_ours(task, flags):
+def run_ours(task, hyperparameters):
     script = importlib.import_module(task.script)
     write_log = script.write_log
 
     def watched(writer, bar, charts, losses, envs, global_step, steps):
         mean_return = write_log(writer, bar, charts, losses, envs, global_step, steps)
-        if len(envs.return_queue) == 100 and mean_return >= task.target:
+        if len(envs.return_queue) == EPISODES and mean_return >= task.target:
             raise Reached(global_step, mean_return)
         return mean_return
 
     script.write_log = watched
     script.torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        script.train(script.Args(**flags, num_threads=1, run_dir=folder))
+        script.train(script.Args(**hyperparameters | {"run_dir": folder}))
 
 
-def run_sb3(task, flags):
+def run_sb3(task, hyperparameters):
     import torch
     from stable_baselines3.common.callbacks import BaseCallback
-
-    torch.set_num_threads(1)
-    args = types.SimpleNamespace(**speed.defaults_of(task.script) | flags)
 
     class Callback(BaseCallback):
         def _on_step(self):
@@ -87,57 +96,89 @@ def run_sb3(task, flags):
 
         def _on_rollout_start(self):  # after the update before it, where the scripts look, too
             episodes = self.model.ep_info_buffer
-            if len(episodes) == 100:
-                mean_return = sum(episode["r"] for episode in episodes) / 100
+            if len(episodes) == EPISODES:
+                mean_return = sum(episode["r"] for episode in episodes) / EPISODES
                 if mean_return >= task.target:
                     raise Reached(self.num_timesteps, mean_return)
 
-    model = speed.sb3_model(task.script, args)
-    model.learn(args.total_timesteps, Callback())
+    torch.set_num_threads(1)
+    args = types.SimpleNamespace(**hyperparameters | {"clip_vloss": False})
+    speed.sb3_model(task.script, args).learn(args.total_timesteps, Callback())
 
 
 def measure(job):
     sys.path.insert(0, str(HERE.parent))
-    task, flags = TASKS[job["task"]], job["flags"]
     result = {"minutes": "", "steps": "", "return": ""}
+    run = run_sb3 if job["program"] == "sb3" else run_ours
     try:
-        if job["program"] == SB3:
-            run_sb3(task, flags)
-        else:
-            run_ours(task, flags | ({"compile": True} if job["program"] == COMPILED else {}))
+        run(TASKS[job["task"]], job["hyperparameters"])
     except Reached as reached:
-        steps, mean_return = reached.args
-        minutes = (time.time() - job["born"]) / 60
-        result = {"minutes": round(minutes, 3), "steps": steps, "return": round(float(mean_return), 1)}
+        result["minutes"] = round((reached.at - job["born"]) / 60, 3)
+        result["steps"], result["return"] = reached.steps, round(reached.mean_return, 1)
     print("\n" + json.dumps(result), flush=True)
 
 
 # ---------------------------------------- in the parent ----------------------------------------
 
 
-def execute(task, program, seed):
-    flags = {"device": "cpu", "seed": seed} | TASKS[task].flags
-    job = {"task": task, "program": program, "flags": flags, "born": time.time()}
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    command = [sys.executable, __file__, "--measure", json.dumps(job)]
-    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+def execute(name, program, seed):
+    task = TASKS[name]
+    given = {"device": "cpu", "num_threads": 1, "seed": seed} | task.flags
+    if program == "compile":
+        given["compile"] = True
+    job = {"task": name, "program": program, "hyperparameters": speed.defaults_of(task.script) | given}
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+        environment |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        command = [sys.executable, __file__, "--measure", json.dumps(job | {"born": time.time()})]
+        process = subprocess.run(command, capture_output=True, text=True, env=environment)
     if process.returncode != 0:
-        raise SystemExit(f"{task}, {program}, seed {seed}: {process.stderr}")
-    row = {"task": task, "program": program, "seed": seed, "target": TASKS[task].target}
+        raise RuntimeError(f"{name}, {program}, seed {seed}: {process.stderr[-2000:]}")
+    row = {"task": name, "program": program, "seed": seed, "target": task.target}
     row |= json.loads(process.stdout.splitlines()[-1])
-    print(*row.values(), flush=True)
-    return row
+    made = {"commit": speed.commit_of(HERE.parent), "date": datetime.now(UTC).date().isoformat()}
+    return row | speed.machine() | made
+
+
+def save(row):
+    """Put a row into time_to_result.csv, in place of one of the same task, program and seed."""
+    path = HERE / "time_to_result.csv"
+
+    def key(row):
+        return (
+            list(TASKS).index(row["task"]),
+            TASKS[row["task"]].programs.index(row["program"]),
+            int(row["seed"]),
+        )
+
+    rows = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+    rows = sorted([x for x in rows if key(x) != key(row)] + [row], key=key)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def main():
     import tyro  # not above: it is not part of what is measured
 
     args = tyro.cli(Args)
-    for task in args.tasks:
-        jobs = [(task, program, seed) for seed in args.seeds for program in TASKS[task].programs]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            rows = list(pool.map(lambda job: execute(*job), jobs))
-        speed.save("time_to_result.csv", rows, list(TASKS))
+    jobs = []
+    for name in args.tasks:
+        programs = TASKS[name].programs
+        for number, seed in enumerate(args.seeds):
+            first = number % len(programs)  # another program comes first, and last, for each seed
+            jobs += [(name, program, seed) for program in programs[first:] + programs[:first]]
+    failed = []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for future in as_completed([pool.submit(execute, *job) for job in jobs]):
+            if future.exception():
+                failed.append(str(future.exception()))
+                continue
+            save(future.result())
+            print(*list(future.result().values())[:7], flush=True)
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -144,16 +144,13 @@ def recipes_table(group):
 def ablation_table(group):
     """A row per variant: its return on each task, and its score over all of them, from ablation.csv."""
     scores = {row["variant"]: row for row in rows_of("ablation") if row["group"] == group}
-    entries = group_of(group)
-    tasks = list(dict.fromkeys(entry["env_id"] for entry in entries.values()))
+    recipes = {(entry["env_id"], name.split("-", 2)[2]): name for name, entry in group_of(group).items()}
+    tasks = list(dict.fromkeys(task for task, _ in recipes))
     table = [["variant", *tasks, "score"], rule(2 + len(tasks))]
     for variant, score in scores.items():
-        row = [variant.replace("-", " ")]
-        for task in tasks:
-            name = next(x for x, entry in entries.items() if entry["env_id"] == task and x.endswith(variant))
-            row.append(cells_of(name)["training"])
+        returns = [cells_of(recipes[task, variant])["training"] for task in tasks]
         interval = f" ({float(score['low']):.2f} to {float(score['high']):.2f})" if score["low"] else ""
-        table.append([*row, f"{float(score['score']):.2f}{interval}"])
+        table.append([variant.replace("-", " "), *returns, f"{float(score['score']):.2f}{interval}"])
     if not scores:
         table.append([NOT_MEASURED] + [""] * (1 + len(tasks)))
     return markdown(*table)
@@ -244,22 +241,30 @@ TIMED = {"eager": "ours", "compile": "ours, `--compile`", "sb3": "Stable-Baselin
 
 
 def time_table():
-    """Minutes until a return is reached: the median over seeds, and each seed."""
+    """Minutes until a return is reached: the median over seeds; then minutes and steps of each seed."""
     rows = rows_of("time_to_result")
-    programs = list(dict.fromkeys(row["program"] for row in rows))
+    programs = [program for program in TIMED if any(row["program"] == program for row in rows)]
     table = [["task", "return", *(TIMED[program] for program in programs)], rule(2 + len(programs))]
     for task in dict.fromkeys(row["task"] for row in rows):
         mine = [row for row in rows if row["task"] == task]
         cells = [task, f"{float(mine[0]['target']):,.0f}"]
         for program in programs:
-            # a run that ended before it got there took longer than all that did
-            times = [float(x["minutes"] or "inf") for x in mine if x["program"] == program]
-            shown = [
-                f"{x:.1f}" if x < math.inf else "not reached" for x in (statistics.median(times), *times)
-            ]
-            cells.append(f"{shown[0]}<br>{', '.join(shown[1:])}")
+            runs = [row for row in mine if row["program"] == program]
+            cells.append(time_cell(runs) if runs else NOT_MEASURED)
         table.append(cells)
     return markdown(*table)
+
+
+def time_cell(runs):
+    # a run that ended before it got there took longer than all that did
+    median = statistics.median(float(run["minutes"] or "inf") for run in runs)
+    shown = [f"{median:.1f} min" if median < math.inf else "not reached"]
+    for run in sorted(runs, key=lambda run: int(run["seed"])):
+        if run["minutes"]:
+            shown.append(f"{float(run['minutes']):.1f} min, {int(run['steps']):,} steps")
+        else:
+            shown.append("not reached")
+    return "<br>".join(shown)
 
 
 TABLES = {

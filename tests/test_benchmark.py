@@ -5,6 +5,7 @@ import dataclasses
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 
@@ -69,6 +70,40 @@ def test_curves_are_of_rows_and_end_where_they_do():
         assert steps == sorted(set(steps)) and float(points[-1]["return"]) == float(
             results[key]["episodic_return"]
         )
+
+
+def test_scores_of_the_ablation_are_what_the_rows_say():
+    """0 is random play, 1 the mean of the script as it is; the mean over tasks of the means over seeds."""
+    zero = {row["env_id"]: float(row["return"]) for row in rows("random_play")}
+    returns = {}  # {recipe: of each seed}
+    for row in rows("results"):
+        returns.setdefault(row["recipe"], []).append(float(row["episodic_return"]))
+    for score in rows("ablation"):
+        means, runs = [], 0
+        for name, entry in RECIPES.items():
+            if entry["group"] == score["group"] and name.split("-", 2)[2] == score["variant"]:
+                task, zero_of_task = name.split("-")[1], zero[entry["env_id"]]
+                one = statistics.mean(returns[f"ablation-{task}-as-it-is"])
+                means.append((statistics.mean(returns[name]) - zero_of_task) / (one - zero_of_task))
+                runs += len(returns[name])
+        assert int(score["runs"]) == runs and int(score["tasks"]) == len(means)
+        assert float(score["score"]) == pytest.approx(statistics.mean(means), abs=1e-3)
+        if score["low"]:
+            assert float(score["low"]) - 1e-3 <= float(score["score"]) <= float(score["high"]) + 1e-3
+
+
+def test_a_variant_that_lacks_a_detail_names_its_tag():
+    """update_docs.py writes its score behind the detail in docs/how-ppo-works.md."""
+    details = (ROOT / "docs" / "how-ppo-works.md").read_text()
+    named = [entry["without"] for entry in RECIPES.values() if "without" in entry]
+    assert set(named) >= {"ours 1", "ours 2", "core 2", "core 7", "atari 7"}
+    assert all(f"| {tag} |" in details for tag in named)
+
+
+def test_a_time_to_a_result_is_of_a_run_that_reached_it():
+    for row in rows("time_to_result"):
+        if row["minutes"]:
+            assert float(row["return"]) >= float(row["target"]) and float(row["minutes"]) > 0
 
 
 @pytest.mark.parametrize("name", NAMES)
