@@ -7,8 +7,8 @@
 The clock starts with the process, so that imports, compiling (from an empty cache) and the first steps count,
 and stops with the first iteration after which the mean return of the last 100 training episodes is at least
 the target. Programs have one thread each, and as many of them run at once as there are cores. The
-hyperparameters are the defaults of the script, also the length of the run, over which the learning rate falls;
-a run that ends before it has reached the target has no minutes.
+hyperparameters are the defaults of the script, and so is the length of the run, over which the learning rate
+falls; a run that ends before it has reached the target has no minutes.
 
 One setting is not the same: SB3 does not clip values here, as it does not by default. Its clipping is another
 one, which does not take the larger of the two errors: a value that was moved far the wrong way then gets no
@@ -70,7 +70,7 @@ class Reached(Exception):  # noqa: N818 - it is good news
         self.steps, self.mean_return, self.at = steps, float(mean_return), time.time()
 
 
-def run_ours(task, hyperparameters):
+def run_ours(task, flags):
     script = importlib.import_module(task.script)
     write_log = script.write_log
 
@@ -83,10 +83,10 @@ def run_ours(task, hyperparameters):
     script.write_log = watched
     script.torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        script.train(script.Args(**hyperparameters | {"run_dir": folder}))
+        script.train(script.Args(**flags, run_dir=folder))
 
 
-def run_sb3(task, hyperparameters):
+def run_sb3(task, flags):
     import torch
     from stable_baselines3.common.callbacks import BaseCallback
 
@@ -102,7 +102,7 @@ def run_sb3(task, hyperparameters):
                     raise Reached(self.num_timesteps, mean_return)
 
     torch.set_num_threads(1)
-    args = types.SimpleNamespace(**hyperparameters | {"clip_vloss": False})
+    args = types.SimpleNamespace(**flags | {"clip_vloss": False})
     speed.sb3_model(task.script, args).learn(args.total_timesteps, Callback())
 
 
@@ -111,7 +111,7 @@ def measure(job):
     result = {"minutes": "", "steps": "", "return": ""}
     run = run_sb3 if job["program"] == "sb3" else run_ours
     try:
-        run(TASKS[job["task"]], job["hyperparameters"])
+        run(TASKS[job["task"]], job["flags"])
     except Reached as reached:
         result["minutes"] = round((reached.at - job["born"]) / 60, 3)
         result["steps"], result["return"] = reached.steps, round(reached.mean_return, 1)
@@ -123,10 +123,12 @@ def measure(job):
 
 def execute(name, program, seed):
     task = TASKS[name]
-    given = {"device": "cpu", "num_threads": 1, "seed": seed} | task.flags
+    flags = {"device": "cpu", "num_threads": 1, "seed": seed} | task.flags
     if program == "compile":
-        given["compile"] = True
-    job = {"task": name, "program": program, "hyperparameters": speed.defaults_of(task.script) | given}
+        flags["compile"] = True
+    if program == "sb3":
+        flags = speed.defaults_of(task.script) | flags
+    job = {"task": name, "program": program, "flags": flags}
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
         environment |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
