@@ -118,16 +118,17 @@ def draw_growth(rows, path):
 
 
 def draw_ablation(rows, path):
-    """A panel per script: the score of each variant with its interval, a pale point per run."""
+    """A panel per script: the score of each variant with its interval, a small point per run."""
     summary = summarise(rows)
     groups = list(dict.fromkeys(summary["group"]))
-    size = 4.6 * len(groups), 4.8
+    size = max(4.6 * len(groups), 7.5), 4.8
     figure, axes = plt.subplots(1, len(groups), figsize=size, layout="constrained", squeeze=False)
     for axis, group in zip(axes.flat, groups, strict=True):
         mine = summary[summary["group"] == group].sort_values("score")
         names = mine["variant"].str.replace("-", " ")
         runs = rows[rows["group"] == group].assign(name=lambda x: x["variant"].str.replace("-", " "))
-        sns.stripplot(runs, x="score", y="name", order=names, color="0.72", size=4, jitter=False, ax=axis)
+        style = {"order": names, "color": LIGHT, "size": 4, "jitter": False, "zorder": 4}
+        sns.stripplot(runs, x="score", y="name", ax=axis, **style)
         axis.hlines(names, mine["low"], mine["high"], color=DARK, lw=2)
         axis.plot(mine["score"], names, "o", color=DARK, ms=7, zorder=3)
         axis.axvline(1, color="black", ls="--", lw=1.2)
@@ -137,7 +138,7 @@ def draw_ablation(rows, path):
     sns.despine(figure)
     handles = [
         plt.Line2D([], [], color=DARK, marker="o", lw=2, label="mean score, 95 % interval"),
-        plt.Line2D([], [], color="0.72", marker="o", lw=0, ms=4, label="a run"),
+        plt.Line2D([], [], color=LIGHT, marker="o", lw=0, ms=4, label="a run"),
         plt.Line2D([], [], color="black", ls="--", lw=1.2, label="the script as it is"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
