@@ -586,7 +586,7 @@ def try_compiler():
     try:
         compiled(torch.sin, torch.device("cpu"))(torch.zeros(1))
     except Exception as error:
-        raise UsageError(f"--compile: install g++ python3-dev, or --no-compile ({error!r:.200})") from error
+        require(False, f"--compile: apt install g++ python3-dev, or --no-compile ({error!s:.200})")
 
 
 def save_checkpoint(args, iteration, agent, optimizer, envs, kl_coef):
