@@ -184,12 +184,16 @@ def test_other_commands_name_files_that_exist(page):
 
 
 def test_the_results_show_every_recipe():
-    """In one table each, but for groups that were not run yet; settings that are not defaults as commands."""
+    """In one table each, but for groups that were not run yet; settings that are not defaults as commands.
+    Variants of an ablation are rows under their own names."""
     text = PAGES["docs/results.md"].read_text()
     shown = [(name, parsed(name, tuple(arguments))) for name, arguments in commands(text)]
     measured = {row["recipe"] for row in update_docs.rows_of("results")}
     for recipe, entry in update_docs.read_recipes().items():
-        if recipe in measured:
+        if recipe in measured and entry["group"].startswith("ablation"):
+            table = text.partition(f"<!-- ablation: {entry['group']} -->")[2].partition("\n\n")[0]
+            assert f"| {recipe.split('-', 2)[2].replace('-', ' ')} |" in table, recipe
+        elif recipe in measured:
             assert text.count(f"| `{recipe}` |") == 1, recipe
         if entry["group"] in ("strong", "tutorials"):
             arguments = ("--env-id", entry["env_id"], *entry["flags"].split())
@@ -333,9 +337,10 @@ def test_every_detail_is_tagged_once_where_it_applies(name):
 def test_the_table_of_details_has_every_tag():
     table = details()
     assert list(table) == list(TAGS)
-    for tag, (what, where, why) in table.items():
+    for tag, (what, where, why, without) in table.items():
         assert len(what.split()) >= 2 and len(why.split()) >= 3, tag
         assert where == update_docs.where(tag) and where, tag
+        assert without == update_docs.without(tag), tag
 
 
 def test_tags_in_the_text_exist():
