@@ -414,12 +414,11 @@ class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
         return obs, rewards, terminated, truncated, infos
 
     def close(self, **kwargs):
-        failed = sys.exc_info()[0] is not None  # then no process of --vectorization async is waited for
         hint = f"--env-id {self.env_id} does not close: Ctrl-C twice ends it, what was trained is saved"
         timer = threading.Timer(10, print, [hint])
         timer.start()
         with suppress(Exception):  # the training has ended, whatever fails here
-            super().close(terminate=failed, **kwargs)
+            super().close(terminate=sys.exc_info()[0] is not None, **kwargs)  # after an error: no waiting
         timer.cancel()
         self.unwrapped.closed = True  # or it would be closed once more at the end
 
@@ -583,7 +582,8 @@ def try_compiler():
     try:
         compiled(torch.sin, torch.device("cpu"))(torch.zeros(1))
     except Exception as error:
-        require(False, f"--compile: apt install g++ python3-dev, or --no-compile ({error!s:.200})")
+        hint = "apt install g++ python3-dev, or --no-compile"
+        raise UsageError(f"--compile: {hint} ({' '.join(str(error).split()):.200})") from error
 
 
 def save_checkpoint(args, iteration, agent, optimizer, envs, kl_coef):

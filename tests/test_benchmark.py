@@ -78,6 +78,7 @@ def test_scores_of_the_ablation_are_what_the_rows_say():
     returns = {}  # {recipe: of each seed}
     for row in rows("results"):
         returns.setdefault(row["recipe"], []).append(float(row["episodic_return"]))
+    assert {row["variant"] for row in rows("ablation")} >= {"as-it-is", "reset-rows", "shared-trunk"}
     for score in rows("ablation"):
         means, runs = [], 0
         for name, entry in RECIPES.items():
@@ -101,7 +102,9 @@ def test_a_variant_that_lacks_a_detail_names_its_tag():
 
 
 def test_a_time_to_a_result_is_of_a_run_that_reached_it():
-    for row in rows("time_to_result"):
+    runs = rows("time_to_result")
+    assert {(row["task"], row["program"]) for row in runs} >= {("cartpole", "eager"), ("cartpole", "sb3")}
+    for row in runs:
         if row["minutes"]:
             assert float(row["return"]) >= float(row["target"]) and float(row["minutes"]) > 0
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,8 +175,11 @@ def test_an_environment_that_hangs_in_close_is_named(discrete, vectorization):
     """After ten seconds; by then the checkpoint is written, and two Ctrl-C end the process."""
     argv = ["--env-id", "bad_envs:NeverCloses-v0", *FAST, "--total-timesteps", 64]
     process = start("ppo_discrete", *argv, "--vectorization", vectorization, env=os.environ | UNBUFFERED)
+    deadline = threading.Timer(120, os.killpg, [process.pid, signal.SIGKILL])  # or it would hang here, too
+    deadline.start()
     lines = iter(process.stdout.readline, "")
     assert any("bad_envs:NeverCloses-v0 does not close: Ctrl-C twice" in line for line in lines)
+    deadline.cancel()
     assert saved("run/checkpoint.pt")["iteration"] == 1
     for _ in range(2):
         os.killpg(process.pid, signal.SIGINT)
