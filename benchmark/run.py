@@ -7,8 +7,8 @@
 
 As many runs go on at once as there are cores, with one thread each. A run that has its row is left alone; one
 that was interrupted goes on from its checkpoint; --again runs what has a row once more and replaces the row.
-Each run trains a copy of its script as of the present commit, so that files may be edited meanwhile. Its
-directory is benchmark/runs/<recipe>-<seed>, with all that it printed in log.txt.
+Each run trains a copy of its script, and applies its patch, as of the present commit, so that both may be
+edited meanwhile. Its directory is benchmark/runs/<recipe>-<seed>, with all that it printed in log.txt.
 
 results.csv: flags are all but --env-id, --seed, --num-threads and --run-dir; episodic_return is the mean raw
 return of the last 100 training episodes; eval_sampled and eval_deterministic are means over 100 episodes (20
@@ -29,6 +29,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -97,7 +98,6 @@ def note_commit(scripts, commit, new_numerics):
 
 def execute(run):
     """Train (or go on), evaluate, and return a row of results.csv and the rows of curves.csv."""
-    os.environ["TQDM_DISABLE"] = "1"  # of evaluate
     run_dir = RUNS / f"{run.recipe}-{run.seed}"
     run_dir.mkdir(parents=True, exist_ok=True)
     script = run_dir / f"{run.script}.py"
@@ -112,9 +112,9 @@ def execute(run):
             original = copy.read_bytes()
             # outside of a repository, as it were: inside of one, git takes paths from its top
             alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(RUNS)}
-            patch = HERE / "ablations" / f"{run.script}-{run.patch}.patch"
-            subprocess.run(["git", "apply", patch], cwd=copy.parent, env=alone, check=True)
-            assert copy.read_bytes() != original, f"{patch} changed nothing"
+            patch = git("show", f"{run.commit}:benchmark/ablations/{run.script}-{run.patch}.patch")
+            subprocess.run(["git", "apply"], input=patch, cwd=copy.parent, env=alone, check=True)
+            assert copy.read_bytes() != original, f"the patch {run.patch} changed nothing"
         copy.replace(script)
         copy.parent.rmdir()
     made_for = (run_dir / "recipe").read_text().strip()
@@ -154,8 +154,9 @@ def describe(run, run_dir, script):
     torch.set_num_threads(1)
     episodes = read_recipes()[run.recipe]["episodes"]
     seed = 1_000_000 + run.seed
-    sampled = module.evaluate(run_dir, episodes, deterministic=False, seed=seed)
-    best = module.evaluate(run_dir, episodes, deterministic=True, seed=seed)
+    with (run_dir / "log.txt").open("a") as log, redirect_stderr(log):  # the progress bars
+        sampled = module.evaluate(run_dir, episodes, deterministic=False, seed=seed)
+        best = module.evaluate(run_dir, episodes, deterministic=True, seed=seed)
 
     points, seconds = [], 0.0
     for file in sorted(run_dir.glob("events.out.tfevents.*")):  # one per start of the script
