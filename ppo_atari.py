@@ -150,7 +150,7 @@ class Agent(nn.Module):
         logprobs = self.actor(features).log_softmax(-1)  # (N, actions)
         if action is None and deterministic:
             action = logprobs.argmax(-1)
-        elif action is None:  # Gumbel's trick: with -log of Exp(1) noise added, the argmax is a sample
+        elif action is None:  # Gumbel-max trick: -log of Exp(1) is Gumbel noise, and argmax then a sample
             noise = torch.empty_like(logprobs).exponential_()
             action = (logprobs - noise.log()).argmax(-1)
         logprob = logprobs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
@@ -158,7 +158,7 @@ class Agent(nn.Module):
         return action, logprob, entropy, self.critic(features).squeeze(-1)
 
     def act(self, raw_obs):
-        """One step of the rollout: what the buffers keep of it."""
+        """One step of the rollout: returns a row of each buffer."""
         obs = self.normalize(raw_obs, update=True)
         action, logprob, _, value = self.get_action_and_value(obs)
         return obs, action, logprob, value
@@ -167,8 +167,8 @@ class Agent(nn.Module):
 def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
     """Generalised advantage estimation [core 5], PPO paper eq. 11 and 12: (advantages, returns), (T, N) each.
 
-    rewards, values, dones: (T, N). dones[t] is 1 where action t ended the episode, in either way; where it
-    was truncated, rewards[t] contains gamma * V(final observation). next_value: (N,), V after the last step.
+    rewards, values, dones: (T, N). dones[t] is 1 where action t ended the episode. If it was truncated,
+    rewards[t] already contains gamma * V(final observation). next_value: (N,), V after the last step.
     """
     nonterminal = 1.0 - dones.to(values.dtype)  # 0 where the episode ended: the next row is of another one
     next_values = torch.cat([values[1:], next_value.unsqueeze(0)])  # (T, N)
@@ -199,12 +199,12 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
 
     if kl_coef is None:  # [core 8] clipped objective, eq. 7: nothing to gain beyond clip_coef
         clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-        pg_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
-    else:  # KL penalty, eq. 8; unbiased, as is its gradient: under the old policy the mean of ratio is 1
+        pg_loss = -torch.min(advantages * ratio, advantages * clipped_ratio).mean()
+    else:  # KL penalty, eq. 8; kl has the mean of -logratio, since the mean of ratio is 1, and less noise
         pg_loss = (-advantages * ratio + kl_coef * kl).mean()
 
     v_error = (newvalue - returns) ** 2
-    if args.clip_vloss:  # [core 9] the worse of V and of V moved by at most clip_coef
+    if args.clip_vloss:  # [core 9] the larger error: of V, or of V within clip_coef of its old value
         clipped_value = values + (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
         v_error = torch.max(v_error, (clipped_value - returns) ** 2)
     v_loss = 0.5 * v_error.mean()
@@ -215,7 +215,7 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
         "pg_loss": pg_loss.detach(),
         "v_loss": v_loss.detach(),
         "entropy": entropy_loss.detach(),
-        "old_approx_kl": (-logratio).mean().detach(),
+        "old_approx_kl": (-logratio).mean().detach(),  # the plain estimate: noisier, may be negative
         "approx_kl": kl.mean().detach(),
         "clipfrac": ((ratio - 1).abs() > args.clip_coef).to(ratio.dtype).mean(),
     }
@@ -231,7 +231,7 @@ def compute_gradients(agent, batch, mb_inds, args, kl_coef):
     loss, stats = ppo_loss(newlogprob, entropy, newvalue, **rollout, args=args, kl_coef=beta)
     loss.backward()
     max_norm = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
-    # [core 11] the norm of all gradients together; foreach=False, since --compile cannot trace foreach
+    # [core 11] one norm over policy and V; foreach=False, since torch.compile cannot trace foreach
     stats["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), max_norm, foreach=False)
     return stats
 
@@ -241,7 +241,7 @@ def train(args, stop_requested=lambda: False):
 
     episodic_return is the mean of the last up to 100 raw returns, nan if no episode ended.
     stop_requested() is asked once per iteration: True saves a checkpoint and ends the run.
-    With args.resume, and no run_dir, the saved arguments hold but for those of args not at their default.
+    With args.resume and no run_dir, arguments left at their default are taken from the checkpoint.
     Raises UsageError (a ValueError) before anything is written; FloatingPointError for nan or infinity.
     """
     args, checkpoint = prepare(args)  # checks and seeds; checkpoint: what --resume continues, or None
@@ -273,7 +273,7 @@ def train(args, stop_requested=lambda: False):
     values = torch.zeros((T, N), device=device)
     rewards = np.zeros((T, N), np.float32)  # rewards and dones come from the environments: numpy
     dones = np.zeros((T, N), np.float32)
-    act, backward = agent.act, compute_gradients
+    act, backward = agent.act, compute_gradients  # under other names, to be replaced
     if args.cuda_graphs and device.type == "cuda":
         act, backward = captured(act, agent), captured(backward, agent)
     if WORLD_SIZE > 1:
@@ -290,7 +290,7 @@ def train(args, stop_requested=lambda: False):
 
             # --- 2. rollout: T steps of N environments, across the ends of episodes ---
             rollout_start = time.time()
-            # casts of weights to bf16 last as long as the outermost autocast: this one, itself without effect
+            # this outermost autocast casts nothing itself, but keeps the weights that features() cast to bf16
             with torch.no_grad(), torch.autocast(device.type, enabled=False):
                 for t in range(T):
                     obs[t], actions[t], logprobs[t], values[t] = act(next_obs)
@@ -323,7 +323,7 @@ def train(args, stop_requested=lambda: False):
                 for mb_inds in torch.randperm(T * N, device=device).split(M):  # (M,)
                     optimizer.zero_grad()
                     stats = backward(agent, batch, mb_inds, args, kl_coef)
-                    # [ours 3] before the step that goes too far; the first one starts at a KL of about 0
+                    # [ours 3] the steps so far went too far: no further one. The first is always taken
                     if args.target_kl > 0 and len(updates) > 0 and stats["approx_kl"] > args.target_kl:
                         kl_exceeded = True
                         break
@@ -377,30 +377,30 @@ def adapt_kl_coef(kl_coef, agent, batch, target):
 
 
 class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
-    """Records the raw returns of whole games; the agent learns from lost lives and the signs of rewards."""
+    """Records the raw returns of whole games. To the agent a lost life is terminated, a reward its sign."""
 
-    def __init__(self, envs):
+    def __init__(self, envs, sticky=0.0):
         super().__init__(envs)
         buttons = envs.unwrapped.ale.get_action_set()
         self.fire = buttons.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in buttons else None
-        self.lives = np.zeros(self.num_envs, int)
-        self.life_lost = np.zeros(self.num_envs, bool)  # (N,) by the step before
+        self.sticky = sticky > 0  # the emulator's FIRE at the start of a game may get lost then
 
     def reset(self, **kwargs):
         obs, infos = super().reset(**kwargs)
         self.lives = infos["lives"]
-        self.life_lost[:] = False
+        self.press_fire = np.full(self.num_envs, self.sticky)  # (N,) in the next step
         return obs, infos
 
     def step(self, actions):
         if self.fire is not None:  # [atari 4] the agent's action is kept in the buffer, but not played
-            actions = np.where(self.life_lost, self.fire, actions)
+            actions = np.where(self.press_fire, self.fire, actions)
         obs, rewards, terminated, truncated, infos = super().step(actions)
         fewer = (infos["lives"] < self.lives) & (infos["lives"] > 0)
         game_over = terminated | truncated  # these are the lives of the next game then
-        self.life_lost = fewer & ~game_over
+        life_lost = fewer & ~game_over
+        self.press_fire = life_lost | (game_over & self.sticky)
         self.lives = infos["lives"]
-        return obs, np.sign(rewards), terminated | self.life_lost, truncated, infos  # [atari 3] [atari 6]
+        return obs, np.sign(rewards), terminated | life_lost, truncated, infos  # [atari 3] [atari 6]
 
 
 class RecordColour(gym.vector.VectorWrapper):
@@ -418,7 +418,7 @@ class RecordColour(gym.vector.VectorWrapper):
     def step(self, actions):
         obs, rewards, terminated, truncated, infos = super().step(actions)
         if self.filming:
-            frame = self.colour_envs.step(actions)[0][0, -1]  # (210, 160, 3)
+            frame = self.colour_envs.step(actions[:1])[0][0, -1]  # (210, 160, 3)
             self.filming = not (terminated[0] or truncated[0])  # then the frame is of the next game
             if self.filming:
                 self.frames.append(frame)
@@ -461,13 +461,14 @@ def make_envs(args, num_envs, video_folder=None):
     if video_folder:
         large = {"img_height": 210, "img_width": 160, "grayscale": False, "stack_num": 1}
         envs = RecordColour(envs, ale_py.AtariVectorEnv(rom, 1, **options, **large), video_folder)
-    return LearningEnvs(envs)
+    return LearningEnvs(envs, sticky)
 
 
 # ------------------- what runs it: nothing below changes the algorithm -------------------
 
 # set by torchrun, which starts a process per GPU; without it there is one
-WORLD_SIZE, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
 SCRIPT = "ppo_atari"  # written into checkpoints, so that another script refuses them
 EVALUATION = {"eval_episodes", "deterministic", "capture_video", "num_threads"}
 EVALUATE_MAY_CHANGE = EVALUATION | {"evaluate", "seed", "max_episode_steps"}
@@ -553,7 +554,7 @@ def prepare(args):
 
 
 def keep_freed_memory(device):
-    """Let glibc keep freed memory: to get it from the system for each minibatch slows updates down."""
+    """Let glibc keep freed memory: to ask the system for it for each minibatch slows updates down."""
     if sys.platform == "linux" and device.type == "cpu":
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give memory back
@@ -600,7 +601,8 @@ def captured(function, agent):
 
 def join_processes(agent, seed, device):
     """Connect with the other processes of torchrun: the same weights in all, random numbers of one's own."""
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if not distributed.is_initialized():  # train may run again in this process
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     for x in agent.parameters():
         distributed.broadcast(x.data, src=0)
     torch.manual_seed(seed)

@@ -140,7 +140,7 @@ class Agent(nn.Module):
         self.obs_count = nn.Buffer(torch.zeros((), dtype=torch.float64))
 
     def normalize(self, raw_obs, update=False):
-        """Raw observations (N, obs_dim) -> what buffers and networks take. update: count them in first."""
+        """Raw observations (N, obs_dim) -> what networks take. update: first add them to the statistics."""
         if not self.norm_obs:
             return raw_obs.float()
         raw_obs = raw_obs.double()
@@ -162,14 +162,14 @@ class Agent(nn.Module):
             action = mean
         elif action is None:
             action = mean + logstd.exp() * torch.randn_like(mean)  # [cont 1]
-        log_peak = -logstd - 0.5 * math.log(2 * math.pi)  # log density at the mean
+        log_peak = -logstd - 0.5 * math.log(2 * math.pi)  # (A,) log density at the mean
         log_density = log_peak - 0.5 * ((action - mean) / logstd.exp()) ** 2  # (N, A)
         logprob = log_density.sum(-1)  # [cont 3] components are independent: their log-probabilities add up
-        entropy = (0.5 - log_peak).sum().expand(len(obs))
+        entropy = (0.5 - log_peak).sum().expand(len(obs))  # the same in every state
         return action, logprob, entropy, self.get_value(obs)
 
     def act(self, raw_obs):
-        """One step of the rollout: counts raw_obs in the statistics, returns what the buffers keep of it."""
+        """One step of the rollout: adds raw_obs to the statistics; returns a row of each buffer."""
         obs = self.normalize(raw_obs, update=True)
         action, logprob, _, value = self.get_action_and_value(obs)
         return obs, action, logprob, value
@@ -178,8 +178,8 @@ class Agent(nn.Module):
 def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
     """Generalised advantage estimation [core 5], PPO paper eq. 11 and 12: (advantages, returns), (T, N) each.
 
-    rewards, values, dones: (T, N). dones[t] is 1 where action t ended the episode, in either way; where it
-    was truncated, rewards[t] contains gamma * V(final observation). next_value: (N,), V after the last step.
+    rewards, values, dones: (T, N). dones[t] is 1 where action t ended the episode. If it was truncated,
+    rewards[t] already contains gamma * V(final observation). next_value: (N,), V after the last step.
     """
     nonterminal = 1.0 - dones.to(values.dtype)  # 0 where the episode ended: the next row is of another one
     next_values = torch.cat([values[1:], next_value.unsqueeze(0)])  # (T, N)
@@ -210,12 +210,12 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
 
     if kl_coef is None:  # [core 8] clipped objective, eq. 7: nothing to gain beyond clip_coef
         clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-        pg_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
-    else:  # KL penalty, eq. 8; unbiased, as is its gradient: under the old policy the mean of ratio is 1
+        pg_loss = -torch.min(advantages * ratio, advantages * clipped_ratio).mean()
+    else:  # KL penalty, eq. 8; kl has the mean of -logratio, since the mean of ratio is 1, and less noise
         pg_loss = (-advantages * ratio + kl_coef * kl).mean()
 
     v_error = (newvalue - returns) ** 2
-    if args.clip_vloss:  # [core 9] the worse of V and of V moved by at most clip_coef
+    if args.clip_vloss:  # [core 9] the larger error: of V, or of V within clip_coef of its old value
         clipped_value = values + (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
         v_error = torch.max(v_error, (clipped_value - returns) ** 2)
     v_loss = 0.5 * v_error.mean()
@@ -226,7 +226,7 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
         "pg_loss": pg_loss.detach(),
         "v_loss": v_loss.detach(),
         "entropy": entropy_loss.detach(),
-        "old_approx_kl": (-logratio).mean().detach(),
+        "old_approx_kl": (-logratio).mean().detach(),  # the plain estimate: noisier, may be negative
         "approx_kl": kl.mean().detach(),
         "clipfrac": ((ratio - 1).abs() > args.clip_coef).to(ratio.dtype).mean(),
     }
@@ -242,7 +242,7 @@ def compute_gradients(agent, batch, mb_inds, args, kl_coef):
     loss, stats = ppo_loss(newlogprob, entropy, newvalue, **rollout, args=args, kl_coef=beta)
     loss.backward()
     max_norm = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
-    # [core 11] the norm of all gradients together; foreach=False, since --compile cannot trace foreach
+    # [core 11] one norm over policy and V; foreach=False, since torch.compile cannot trace foreach
     stats["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), max_norm, foreach=False)
     return stats
 
@@ -252,7 +252,7 @@ def train(args, stop_requested=lambda: False):
 
     episodic_return is the mean of the last up to 100 raw returns, nan if no episode ended.
     stop_requested() is asked once per iteration: True saves a checkpoint and ends the run.
-    With args.resume, and no run_dir, the saved arguments hold but for those of args not at their default.
+    With args.resume and no run_dir, arguments left at their default are taken from the checkpoint.
     Raises UsageError (a ValueError) before anything is written; FloatingPointError for nan or infinity.
     """
     args, checkpoint = prepare(args)  # checks and seeds; checkpoint: what --resume continues, or None
@@ -272,13 +272,13 @@ def train(args, stop_requested=lambda: False):
     if checkpoint:
         restore(checkpoint, agent, optimizer, envs, kl_coef)
 
-    obs = torch.zeros((T, N, *envs.single_observation_space.shape), device=device)
+    obs = torch.zeros((T, N, *envs.single_observation_space.shape), device=device)  # as act normalised it
     actions = torch.zeros((T, N, *envs.single_action_space.shape), device=device)
     logprobs = torch.zeros((T, N), device=device)
     values = torch.zeros((T, N), device=device)
     rewards = np.zeros((T, N), np.float32)  # rewards and dones come from the environments: numpy
     dones = np.zeros((T, N), np.float32)
-    act, backward = agent.act, compute_gradients
+    act, backward = agent.act, compute_gradients  # under other names, for --compile to replace
     if args.compile:
         torch.compiler.reset()  # train may run again in this process, with other arguments
         act, backward = compiled(act, device), compiled(backward, device)
@@ -325,7 +325,7 @@ def train(args, stop_requested=lambda: False):
                 for mb_inds in torch.randperm(B, device=device).split(M):  # (M,)
                     optimizer.zero_grad()
                     stats = backward(agent, batch, mb_inds, args, kl_coef)
-                    # [ours 3] before the step that goes too far; the first one starts at a KL of about 0
+                    # [ours 3] the steps so far went too far: no further one. The first is always taken
                     if args.target_kl > 0 and len(updates) > 0 and stats["approx_kl"] > args.target_kl:
                         kl_exceeded = True
                         break
@@ -377,7 +377,7 @@ def adapt_kl_coef(kl_coef, agent, batch, target):
 
 def running_mean_var(mean, var, count, batch):
     """Mean, variance and count of all samples so far, those of batch (N, ...) included; arrays or tensors.
-    Merges sums of squared deviations (Chan et al. 1979): no difference that rounding could take below 0."""
+    Merges sums of squared deviations (Chan et al. 1979): rounding cannot make the variance negative."""
     total = count + len(batch)
     weight = len(batch) / total
     batch_mean = batch.sum(0) / len(batch)

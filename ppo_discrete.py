@@ -11,7 +11,7 @@ Measured: CartPole-v1 500.0 after 500,000 steps (100 episodes; seeds 1, 2, 3 ali
 an AMD EPYC). PPO comes first, up to the end of train; then the environments; then what runs it.
 
 Papers: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02438. Tags like [core 5] number
-details of https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details. Unlike CleanRL's ppo.py,
+details of https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details. Unlike CleanRL's file,
   ours 1  a time limit does not end the task: the return goes on with V of the final observation;
   ours 2  environments reset within the step that ends an episode, so the batch has no dummy steps;
   ours 3  --target-kl is checked before each optimiser step, not after each epoch;
@@ -140,7 +140,7 @@ class Agent(nn.Module):
         self.obs_count = nn.Buffer(torch.zeros((), dtype=torch.float64))
 
     def normalize(self, raw_obs, update=False):
-        """Raw observations (N, obs_dim) -> what buffers and networks take. update: count them in first."""
+        """Raw observations (N, obs_dim) -> what networks take. update: first add them to the statistics."""
         if not self.norm_obs:
             return raw_obs.float()
         raw_obs = raw_obs.double()
@@ -156,23 +156,23 @@ class Agent(nn.Module):
     def get_action_and_value(self, obs, action=None, deterministic=False):
         """Action (given, sampled or most probable), its log-probability, the policy's entropy, V: (N,) each,
         actions of MultiDiscrete (N, branches). obs: normalised, (N, obs_dim)."""
-        logits = self.actor(obs)
+        logits = self.actor(obs)  # Categorical's formulas by hand: torch.distributions is slower
         if self.multi:
-            logits = logits.unflatten(-1, self.logits_shape).masked_fill(self.invalid, -1e9)
+            logits = logits.unflatten(-1, self.logits_shape).masked_fill(self.invalid, -1e9)  # -inf makes nan
         logprobs = logits.log_softmax(-1)  # (N, actions) or (N, branches, widest)
         if action is None and deterministic:
             action = logprobs.argmax(-1)
-        elif action is None:  # Gumbel's trick: with -log of Exp(1) noise added, the argmax is a sample
+        elif action is None:  # Gumbel-max trick: -log of Exp(1) is Gumbel noise, and argmax then a sample
             noise = torch.empty_like(logprobs).exponential_()
             action = (logprobs - noise.log()).argmax(-1)
         logprob = logprobs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
-        if self.multi:  # branches, on one axis or several, are independent: these add up
+        if self.multi:  # branches are independent: these add up, over all axes that nvec has
             logprob, entropy = logprob.flatten(1).sum(1), entropy.flatten(1).sum(1)
         return action, logprob, entropy, self.get_value(obs)
 
     def act(self, raw_obs):
-        """One step of the rollout: counts raw_obs in the statistics, returns what the buffers keep of it."""
+        """One step of the rollout: adds raw_obs to the statistics; returns a row of each buffer."""
         obs = self.normalize(raw_obs, update=True)
         action, logprob, _, value = self.get_action_and_value(obs)
         return obs, action, logprob, value
@@ -181,8 +181,8 @@ class Agent(nn.Module):
 def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
     """Generalised advantage estimation [core 5], PPO paper eq. 11 and 12: (advantages, returns), (T, N) each.
 
-    rewards, values, dones: (T, N). dones[t] is 1 where action t ended the episode, in either way; where it
-    was truncated, rewards[t] contains gamma * V(final observation). next_value: (N,), V after the last step.
+    rewards, values, dones: (T, N). dones[t] is 1 where action t ended the episode. If it was truncated,
+    rewards[t] already contains gamma * V(final observation). next_value: (N,), V after the last step.
     """
     nonterminal = 1.0 - dones.to(values.dtype)  # 0 where the episode ended: the next row is of another one
     next_values = torch.cat([values[1:], next_value.unsqueeze(0)])  # (T, N)
@@ -213,12 +213,12 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
 
     if kl_coef is None:  # [core 8] clipped objective, eq. 7: nothing to gain beyond clip_coef
         clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-        pg_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
-    else:  # KL penalty, eq. 8; unbiased, as is its gradient: under the old policy the mean of ratio is 1
+        pg_loss = -torch.min(advantages * ratio, advantages * clipped_ratio).mean()
+    else:  # KL penalty, eq. 8; kl has the mean of -logratio, since the mean of ratio is 1, and less noise
         pg_loss = (-advantages * ratio + kl_coef * kl).mean()
 
     v_error = (newvalue - returns) ** 2
-    if args.clip_vloss:  # [core 9] the worse of V and of V moved by at most clip_coef
+    if args.clip_vloss:  # [core 9] the larger error: of V, or of V within clip_coef of its old value
         clipped_value = values + (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
         v_error = torch.max(v_error, (clipped_value - returns) ** 2)
     v_loss = 0.5 * v_error.mean()
@@ -229,7 +229,7 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
         "pg_loss": pg_loss.detach(),
         "v_loss": v_loss.detach(),
         "entropy": entropy_loss.detach(),
-        "old_approx_kl": (-logratio).mean().detach(),
+        "old_approx_kl": (-logratio).mean().detach(),  # the plain estimate: noisier, may be negative
         "approx_kl": kl.mean().detach(),
         "clipfrac": ((ratio - 1).abs() > args.clip_coef).to(ratio.dtype).mean(),
     }
@@ -245,7 +245,7 @@ def compute_gradients(agent, batch, mb_inds, args, kl_coef):
     loss, stats = ppo_loss(newlogprob, entropy, newvalue, **rollout, args=args, kl_coef=beta)
     loss.backward()
     max_norm = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
-    # [core 11] the norm of all gradients together; foreach=False, since --compile cannot trace foreach
+    # [core 11] one norm over policy and V; foreach=False, since torch.compile cannot trace foreach
     stats["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), max_norm, foreach=False)
     return stats
 
@@ -255,7 +255,7 @@ def train(args, stop_requested=lambda: False):
 
     episodic_return is the mean of the last up to 100 raw returns, nan if no episode ended.
     stop_requested() is asked once per iteration: True saves a checkpoint and ends the run.
-    With args.resume, and no run_dir, the saved arguments hold but for those of args not at their default.
+    With args.resume and no run_dir, arguments left at their default are taken from the checkpoint.
     Raises UsageError (a ValueError) before anything is written; FloatingPointError for nan or infinity.
     """
     args, checkpoint = prepare(args)  # checks and seeds; checkpoint: what --resume continues, or None
@@ -275,13 +275,13 @@ def train(args, stop_requested=lambda: False):
     if checkpoint:
         restore(checkpoint, agent, optimizer, envs, kl_coef)
 
-    obs = torch.zeros((T, N, *envs.single_observation_space.shape), device=device)
+    obs = torch.zeros((T, N, *envs.single_observation_space.shape), device=device)  # as act normalised it
     actions = torch.zeros((T, N, *envs.single_action_space.shape), dtype=torch.int64, device=device)
     logprobs = torch.zeros((T, N), device=device)
     values = torch.zeros((T, N), device=device)
     rewards = np.zeros((T, N), np.float32)  # rewards and dones come from the environments: numpy
     dones = np.zeros((T, N), np.float32)
-    act, backward = agent.act, compute_gradients
+    act, backward = agent.act, compute_gradients  # under other names, for --compile to replace
     if args.compile:
         torch.compiler.reset()  # train may run again in this process, with other arguments
         act, backward = compiled(act, device), compiled(backward, device)
@@ -328,7 +328,7 @@ def train(args, stop_requested=lambda: False):
                 for mb_inds in torch.randperm(B, device=device).split(M):  # (M,)
                     optimizer.zero_grad()
                     stats = backward(agent, batch, mb_inds, args, kl_coef)
-                    # [ours 3] before the step that goes too far; the first one starts at a KL of about 0
+                    # [ours 3] the steps so far went too far: no further one. The first is always taken
                     if args.target_kl > 0 and len(updates) > 0 and stats["approx_kl"] > args.target_kl:
                         kl_exceeded = True
                         break
@@ -379,7 +379,7 @@ def adapt_kl_coef(kl_coef, agent, batch, target):
 
 def running_mean_var(mean, var, count, batch):
     """Mean, variance and count of all samples so far, those of batch (N, ...) included; arrays or tensors.
-    Merges sums of squared deviations (Chan et al. 1979): no difference that rounding could take below 0."""
+    Merges sums of squared deviations (Chan et al. 1979): rounding cannot make the variance negative."""
     total = count + len(batch)
     weight = len(batch) / total
     batch_mean = batch.sum(0) / len(batch)

@@ -64,7 +64,7 @@ MUTANTS = [
     ("gae", "b07_gae_equals", "discrete", "dones.to(", "dones.roll(1, 0).to("),
     ("rollout", "b08", "atari", "agent.normalize(next_obs)", "obs[-1]"),
     ("gae", "b09_lambda_1", "discrete", "decays = gamma * gae_lambda", "decays = gae_lambda"),
-    ("loss", "b10_clipping", "discrete", "torch.max(-advantages", "torch.min(-advantages"),
+    ("loss", "b10_clipping", "discrete", "-torch.min(advantages", "-torch.max(advantages"),
     ("rollout", "b11", "continuous", "actions[t].cpu()", "actions[t].clamp_(-1, 1).cpu()"),
     ("agent", "b12", "continuous", "log_density.sum(-1)", "log_density.mean(-1)"),
     ("agent", "b13_entropy", "continuous", "(0.5 - log_peak).sum()", "(0.5 - log_peak).mean()"),

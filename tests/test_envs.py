@@ -378,6 +378,29 @@ def test_only_the_game_that_lost_a_life_is_fired_at(lives, sent, monkeypatch):
     assert [x.tolist() for x in sent] == [[RIGHT] * 2, [RIGHT] * 2, [FIRE, RIGHT], [RIGHT] * 2]
 
 
+@pytest.mark.parametrize(("env_id", "first"), [("breakout", RIGHT), ("ALE/Breakout-v5", FIRE)])
+def test_with_sticky_actions_fire_begins_every_game(make, atari, sent, monkeypatch, env_id, first):
+    """The emulator presses it for one frame only, in which a sticky action may take its place."""
+    monkeypatch.setattr(stub_envs.FakeAtari, "story", {"ends": [(2, "terminated"), (2, "truncated")] * 2})
+    monkeypatch.setattr(ale_py, "AtariVectorEnv", stub_envs.FakeAtari)
+    envs = atari.make_envs(atari.Args(env_id=env_id), 1)
+    envs.reset(seed=1)
+    steps(envs, 5, np.array([RIGHT]))
+    envs.reset(seed=1)
+    steps(envs, 1, np.array([RIGHT]))
+    assert [x[0] for x in sent] == [first, RIGHT, first, RIGHT, first, first]
+
+
+def test_no_ball_waits_for_a_sticky_agent_that_does_nothing(atari):
+    """Twelve games of Breakout without an action: in the first 100 steps every one of them loses a ball."""
+    envs = atari.make_envs(atari.Args(env_id="ALE/Breakout-v5", num_threads=1), 12)
+    _, infos = envs.reset(seed=1)
+    fewest = infos["lives"]
+    for _ in range(100):
+        fewest = np.minimum(fewest, envs.step(np.zeros(12, np.int64))[4]["lives"])
+    assert fewest.max() < 5
+
+
 def test_reset_forgets_a_lost_life(lives, sent):
     """The emulator itself presses FIRE when a game begins."""
     envs = lives((2, 2, 3))
@@ -421,8 +444,10 @@ def test_frames_and_sticky_actions_are_those_of_the_id(atari):
     actions = np.random.default_rng(0).integers(2, 4, (20, 1))  # no ball is lost in so short a time
 
     def frames(envs):
-        obs, _ = envs.reset(seed=3)
+        obs, _ = envs.reset(seed=5)
         return np.stack([obs] + [envs.step(a)[0] for a in actions])
+
+    actions[0] = FIRE  # which the script presses at first with sticky actions
 
     def emulator(sticky):
         options = {"noop_max": 30, "frameskip": 4, "maxpool": True, "use_fire_reset": True, "num_threads": 1}
