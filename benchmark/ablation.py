@@ -5,9 +5,10 @@
 
 The score of a run is 0 for the mean return of random actions and 1 for the mean of the script as it is, on
 the same task. A row has the mean score of a variant over the seeds and tasks of its group, and a 95 %
-interval: a bootstrap that draws from the seeds of each task by itself, of the variant and, since their mean
-is uncertain too, of the script as it is. With three seeds a task, such an interval is rather too narrow than
-too wide.
+interval by Welch's formula, from the standard deviations of the variant and of the script as it is: with so
+few seeds, a bootstrap gives intervals that are too narrow. The interval of the script as it is tells how far
+from 1 another sample of it would lie, with as many seeds as a variant has. A row is `clear` if an interval
+that allows for all variants of its group (Bonferroni) leaves 1 out.
 """
 
 import math
@@ -39,26 +40,41 @@ def scores_of_runs(results, random_play, recipes):
     return rows.dropna(subset="score")  # nothing to compare with yet
 
 
-def mean_score(*samples, axis=-1):
-    """samples: the runs of the variant on each task, then those of the script as it is; 0 is random play."""
-    half = len(samples) // 2
-    ones = [sample.mean(axis, keepdims=True) for sample in samples[half:]]
-    return np.mean([(x / one).mean(axis) for x, one in zip(samples[:half], ones, strict=True)], axis=0)
+def interval(samples, ones, seeds, level):
+    """Of the mean over tasks of mean(sample) / mean(one); the mean of each one is 1 in these scores.
+    seeds: of each sample; the samples themselves may have more, of which only the variance is used."""
+    ratios = np.array([sample.mean() for sample in samples])
+    terms = [x.var(ddof=1) / n for x, n in zip(samples, seeds, strict=True)]
+    terms += [ratio**2 * x.var(ddof=1) / len(x) for ratio, x in zip(ratios, ones, strict=True)]
+    terms, degrees = np.array(terms), np.array([*seeds, *map(len, ones)]) - 1
+    if terms.sum() == 0:  # all runs are equal
+        return ratios.mean(), ratios.mean()
+    freedom = terms.sum() ** 2 / (terms**2 / degrees).sum()  # Welch and Satterthwaite
+    return stats.t.interval(level, freedom, ratios.mean(), np.sqrt(terms.sum()) / len(ratios))
 
 
 def summarise(rows):
-    """A row per group and variant."""
+    """A row per group and variant that was run on all tasks of the group, with two seeds or more on each."""
     summary = []
-    for (group, variant), runs in rows.groupby(["group", "variant"], sort=False):
-        tasks = list(dict.fromkeys(runs["env_id"]))
-        as_it_is = rows[(rows["group"] == group) & (rows["variant"] == "as-it-is")]
-        samples = [x.loc[x["env_id"] == task, "score"].to_numpy() for x in (runs, as_it_is) for task in tasks]
-        low = high = math.nan
-        if min(map(len, samples)) > 1:
-            options = {"paired": False, "method": "percentile", "rng": 1}
-            low, high = stats.bootstrap(samples, mean_score, **options).confidence_interval
-        row = {"group": group, "variant": variant, "tasks": len(tasks), "runs": len(runs)}
-        summary.append(row | {"score": mean_score(*samples), "low": low, "high": high})
+    for group, of_group in rows.groupby("group", sort=False):
+        by_run = {
+            key: x["score"].to_numpy() for key, x in of_group.groupby(["variant", "env_id"], sort=False)
+        }
+        tasks, ones = of_group["env_id"].unique(), []
+        seeds = {
+            variant: [len(by_run.get((variant, task), ())) for task in tasks]
+            for variant in of_group["variant"].unique()
+        }
+        seeds = {variant: counts for variant, counts in seeds.items() if min(counts) > 1}
+        for variant, counts in seeds.items():
+            samples = [by_run[variant, task] for task in tasks]
+            row = {"group": group, "variant": variant, "tasks": len(tasks), "runs": sum(counts)}
+            row["score"] = np.mean([x.mean() for x in samples])
+            if variant == "as-it-is":
+                ones, counts = samples, [min(x) for x in zip(*seeds.values(), strict=True)]
+            row["low"], row["high"] = interval(samples, ones, counts, 0.95)
+            low, high = interval(samples, ones, counts, 1 - 0.05 / max(len(seeds) - 1, 1))
+            summary.append(row | {"clear": "no" if low <= 1 <= high else "yes"})
     return pd.DataFrame(summary).round(3)
 
 

@@ -41,6 +41,7 @@ def losses_of(script):
             "num_minibatches": 2,
             "update_epochs": 2,
             "total_timesteps": 256,
+            "max_episode_steps": 20,  # so that the ends of episodes are in it, and the value at time limits
         }
         module.train(module.Args(run_dir=folder, device="cpu", **small))
         events = EventAccumulator(folder)

@@ -27,6 +27,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr
@@ -38,6 +39,7 @@ import gymnasium
 import pandas as pd
 import torch
 import tyro
+from filelock import FileLock, Timeout
 from recipes import losses_of, read_numerics, read_recipes, same_losses
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -73,9 +75,11 @@ def hardware():
 
 def note_commit(scripts, commit, new_numerics):
     """Put commit on the list of those whose rows have the present numerics; a new list if these changed."""
-    sys.path.append(str(ROOT))
     numerics = read_numerics()
+    folder = tempfile.mkdtemp()  # for the scripts of that commit, whatever has been edited since
+    sys.path.insert(0, folder)
     for script in scripts:
+        Path(folder, f"{script}.py").write_bytes(git("show", f"{commit}:{script}.py"))
         losses, known = losses_of(script), numerics.get(script, {"losses": {}, "commits": []})
         if not same_losses(losses, known["losses"]):
             if not new_numerics:
@@ -91,6 +95,8 @@ def note_commit(scripts, commit, new_numerics):
         lines += ["", f"[{script}]", f"commits = {json.dumps(known['commits'])}", f"[{script}.losses]"]
         lines += [f"{name} = [{', '.join(f'{x:.6g}' for x in xs)}]" for name, xs in known["losses"].items()]
     (HERE / "numerics.toml").write_text("\n".join(lines) + "\n")
+    sys.path.remove(folder)
+    shutil.rmtree(folder)
 
 
 # ---------------------------------------- one run, in a process of its own ----------------------------
@@ -264,6 +270,12 @@ def main(
     if list or not todo:
         print(f"{len(todo)} runs to do")
         return
+    RUNS.mkdir(exist_ok=True)
+    alone = FileLock(RUNS / ".lock", blocking=False)  # the system opens it when the process ends
+    try:
+        alone.acquire()
+    except Timeout:
+        sys.exit("error: another run.py is at work here, wait for it")
     todo.sort(key=lambda run: run.seed)  # first one seed of everything, so that a gap shows early
     if again:
         for run in todo:
