@@ -127,21 +127,24 @@ def draw_ablation(rows, path):
         mine = summary[summary["group"] == group].sort_values("score")
         names = mine["variant"].str.replace("-", " ")
         runs = rows[rows["group"] == group].assign(name=lambda x: x["variant"].str.replace("-", " "))
-        style = {"order": names, "color": LIGHT, "size": 4, "jitter": False, "zorder": 4}
-        sns.stripplot(runs, x="score", y="name", ax=axis, **style)
         axis.hlines(names, mine["low"], mine["high"], color=DARK, lw=2)
-        axis.plot(mine["score"], names, "o", color=DARK, ms=7, zorder=3)
+        for task, marker in zip(dict.fromkeys(runs["env_id"]), "ox", strict=False):
+            of_task, label = runs[runs["env_id"] == task], task.replace("NoFrameskip", "")
+            axis.plot(of_task["score"], of_task["name"], marker, color=LIGHT, ms=5, mew=1.5, label=label)
+        place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 2, "columnspacing": 1}
+        axis.legend(title="a run of", frameon=False, fontsize=10, title_fontsize=10, handletextpad=0, **place)
+        axis.plot(mine["score"], names, "D", color=DARK, ms=6, zorder=3)
         axis.axvline(1, color="black", ls="--", lw=1.2)
         axis.grid(axis="x", color="0.9")
-        title = " and ".join(dict.fromkeys(x.split("-")[0] for x in runs["env_id"]))
-        axis.set(title=title.replace("NoFrameskip", ""), xlabel="score", ylabel="")
+        script = {"ablation-classic": "ppo_discrete.py", "ablation-mujoco": "ppo_continuous.py"}
+        axis.set_title(script.get(group, "ppo_atari.py"), pad=40)
+        axis.set(xlabel="score", ylabel="")
     sns.despine(figure)
     handles = [
-        plt.Line2D([], [], color=DARK, marker="o", lw=2, label="mean score, 95 % interval"),
-        plt.Line2D([], [], color=LIGHT, marker="o", lw=0, ms=4, label="a run"),
+        plt.Line2D([], [], color=DARK, marker="D", lw=2, label="mean score, 95 % interval"),
         plt.Line2D([], [], color="black", ls="--", lw=1.2, label="the script as it is"),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)
 
 

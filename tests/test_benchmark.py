@@ -89,8 +89,41 @@ def test_scores_of_the_ablation_are_what_the_rows_say():
                 runs += len(returns[name])
         assert int(score["runs"]) == runs and int(score["tasks"]) == len(means)
         assert float(score["score"]) == pytest.approx(statistics.mean(means), abs=1e-3)
-        if score["low"]:
-            assert float(score["low"]) - 1e-3 <= float(score["score"]) <= float(score["high"]) + 1e-3
+        low, high = float(score["low"]), float(score["high"])
+        assert (low + high) / 2 == pytest.approx(float(score["score"]), abs=1.5e-3) and low <= high
+        if score["variant"] == "as-it-is":
+            assert score["clear"] == "no" and low <= 1 <= high
+        if score["clear"] == "yes":
+            assert not low <= 1 <= high, "an interval that allows for many variants is a wider one"
+
+
+def test_intervals_of_the_ablation_are_welchs():
+    """With one task, and equal means: those of the difference of means that scipy computes."""
+    stats = pytest.importorskip("scipy.stats", reason="pip install -r benchmark/requirements.txt")
+    import ablation
+    import numpy as np
+
+    sample, one = np.array([0.7, 1.4, 0.9]), np.array([1.3, 0.8, 1.1, 0.6, 1.2])
+    welch = stats.ttest_ind(sample, one, equal_var=False).confidence_interval(0.9)
+    expected = pytest.approx((1 + welch.low, 1 + welch.high))
+    assert ablation.interval([sample], [one], [3], 0.9) == expected
+    # two tasks of the same numbers: half the variance, twice the degrees of freedom
+    low, high = ablation.interval([sample] * 2, [one] * 2, [3, 3], 0.9)
+    freedom, error = 2 * welch_freedom(sample, one), welch_error(sample, one) / 2**0.5
+    assert (low, high) == pytest.approx(stats.t.interval(0.9, freedom, 1, error))
+    # a score of 2 doubles what the uncertain mean of the script as it is contributes
+    low, high = ablation.interval([sample + 1], [one], [3], 0.9)
+    freedom, error = welch_freedom(sample, 2 * one), welch_error(sample, 2 * one)
+    assert (low, high) == pytest.approx(stats.t.interval(0.9, freedom, 2, error))
+
+
+def welch_error(a, b):
+    return (statistics.variance(a.tolist()) / len(a) + statistics.variance(b.tolist()) / len(b)) ** 0.5
+
+
+def welch_freedom(a, b):
+    parts = [(statistics.variance(x.tolist()) / len(x), len(x) - 1) for x in (a, b)]
+    return sum(part for part, _ in parts) ** 2 / sum(part**2 / n for part, n in parts)
 
 
 def test_a_variant_that_lacks_a_detail_names_its_tag():
