@@ -104,7 +104,7 @@ def cells_of(recipe):
     return {
         "steps": f"{steps:,}" if steps else NOT_MEASURED,
         "return": mean_and_spread(numbers["episodic_return"]),
-        "each seed": each(numbers["episodic_return"]),
+        "each seed": each(numbers["episodic_return"]) + mark(runs),
         "training": both(numbers["episodic_return"]) + mark(runs),
         "sampled": both(numbers["eval_sampled"]),
         "deterministic": both(numbers["eval_deterministic"]),
