@@ -203,6 +203,14 @@ def test_without_torchrun_there_are_no_other_processes(atari, train, monkeypatch
     assert train(atari, "Count")["global_step"] == 16
 
 
+def test_a_rank_without_other_processes_is_the_first():
+    """RANK may be left over from another program; the run is logged and saved as any other."""
+    code = "import ppo_atari; print(ppo_atari.WORLD_SIZE, ppo_atari.RANK)"
+    env = os.environ | {"RANK": "1", "PYTHONPATH": str(SCRIPTS)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    assert done.stdout == "1 0\n"
+
+
 def test_environments_that_processes_cannot_share_are_refused():
     """As a program that torchrun has started, without the other one; nothing is written."""
     env = os.environ | {"RANK": "0", "WORLD_SIZE": "2"}

@@ -138,7 +138,6 @@ def main():
         return
     disconnect, distributed.destroy_process_group = distributed.destroy_process_group, lambda: None
     found = run_main(flags)
-    distributed.init_process_group = lambda backend: None
     found |= {"average": average(), "resumed": resume(), "steps": stop_by_kl()}
     torch.save(found, f"rank{RANK}.pt")
     distributed.destroy_process_group = disconnect
