@@ -8,7 +8,7 @@
     python ppo_atari.py --env-id BreakoutNoFrameskip-v4 --seed 1        (--help explains every flag)
 
 Measured: Breakout 21.9 with --total-timesteps 1000000 (100 evaluated games; seed 1; torch 2.13, one core of
-an AMD EPYC). PPO comes first, up to the end of train; then the environments; then what runs it.
+an AMD EPYC). PPO comes first, then environments, then what runs it.
 
 Papers: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02438. Tags like [core 5] number
 details of https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details. Unlike CleanRL's file,
@@ -273,7 +273,7 @@ def train(args, stop_requested=lambda: False):
     values = torch.zeros((T, N), device=device)
     rewards = np.zeros((T, N), np.float32)  # rewards and dones come from the environments: numpy
     dones = np.zeros((T, N), np.float32)
-    act, backward = agent.act, compute_gradients  # under other names, to be replaced
+    act, backward = agent.act, compute_gradients  # --cuda-graphs and torchrun replace these
     if args.cuda_graphs and device.type == "cuda":
         act, backward = captured(act, agent), captured(backward, agent)
     if WORLD_SIZE > 1:

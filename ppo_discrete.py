@@ -8,7 +8,7 @@
     python ppo_discrete.py --env-id CartPole-v1 --seed 1        (--help explains every flag)
 
 Measured: CartPole-v1 500.0 after 500,000 steps (100 evaluated episodes; seeds 1 to 5 alike; torch 2.13, one
-core of an AMD EPYC). PPO comes first, up to the end of train; then the environments; then what runs it.
+core of an AMD EPYC). PPO comes first, then environments, then what runs it.
 
 Papers: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02438. Tags like [core 5] number
 details of https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details. Unlike CleanRL's file,
@@ -158,7 +158,7 @@ class Agent(nn.Module):
         actions of MultiDiscrete (N, branches). obs: normalised, (N, obs_dim)."""
         logits = self.actor(obs)  # Categorical's formulas by hand: torch.distributions is slower
         if self.multi:
-            logits = logits.unflatten(-1, self.logits_shape).masked_fill(self.invalid, -1e9)  # -inf makes nan
+            logits = logits.unflatten(-1, self.logits_shape).masked_fill(self.invalid, -1e9)  # 0 * -inf = nan
         logprobs = logits.log_softmax(-1)  # (N, actions) or (N, branches, widest)
         if action is None and deterministic:
             action = logprobs.argmax(-1)
@@ -281,7 +281,7 @@ def train(args, stop_requested=lambda: False):
     values = torch.zeros((T, N), device=device)
     rewards = np.zeros((T, N), np.float32)  # rewards and dones come from the environments: numpy
     dones = np.zeros((T, N), np.float32)
-    act, backward = agent.act, compute_gradients  # under other names, for --compile to replace
+    act, backward = agent.act, compute_gradients  # --compile replaces these
     if args.compile:
         torch.compiler.reset()  # train may run again in this process, with other arguments
         act, backward = compiled(act, device), compiled(backward, device)

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import importlib
 import re
 import shlex
 import shutil
@@ -169,3 +170,18 @@ def test_every_patch_fits_the_script(tmp_path):
         subprocess.run(["git", "apply", patch], cwd=tmp_path, check=True)
         assert copy.read_text() != (SCRIPTS / f"{name}.py").read_text()
         compile(copy.read_text(), copy, "exec")
+
+
+def test_a_second_runner_leaves_the_first_alone(monkeypatch, tmp_path):
+    """Two would train in the same directories and write the same rows; here another process has the lock."""
+    pytest.importorskip("pandas")
+    runner = importlib.import_module("run")
+    monkeypatch.setattr(runner, "RUNS", tmp_path)
+    monkeypatch.setattr(runner, "note_commit", lambda *args: pytest.fail("it went on"))
+    path = str(tmp_path / ".lock")
+    code = f"import filelock; x = filelock.FileLock({path!r}); x.acquire(); print(1, flush=True); input()"
+    command = [sys.executable, "-c", code]  # ends when its input is closed
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.read(1)
+        with pytest.raises(SystemExit, match=r"another run\.py"):
+            runner.main(("cartpole",), seeds=(99,))

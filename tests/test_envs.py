@@ -379,7 +379,7 @@ def test_only_the_game_that_lost_a_life_is_fired_at(lives, sent, monkeypatch):
 
 
 @pytest.mark.parametrize(("env_id", "first"), [("breakout", RIGHT), ("ALE/Breakout-v5", FIRE)])
-def test_with_sticky_actions_fire_begins_every_game(make, atari, sent, monkeypatch, env_id, first):
+def test_with_sticky_actions_fire_begins_every_game(atari, sent, monkeypatch, env_id, first):
     """The emulator presses it for one frame only, in which a sticky action may take its place."""
     monkeypatch.setattr(stub_envs.FakeAtari, "story", {"ends": [(2, "terminated"), (2, "truncated")] * 2})
     monkeypatch.setattr(ale_py, "AtariVectorEnv", stub_envs.FakeAtari)

@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import ale_py
@@ -435,6 +436,20 @@ def test_the_colour_frames_of_atari_show_the_game_that_is_played(atari, run, emu
     path = run(atari, "BreakoutNoFrameskip-v4", max_episode_steps=60)
     del emulators[:]
     atari.evaluate(path, 3, capture_video=True)
+    assert_same_pictures(emulators)
+
+
+def test_of_several_games_the_first_is_filmed(atari, emulators):
+    """The others get other actions."""
+    envs = atari.make_envs(atari.Args(env_id="BreakoutNoFrameskip-v4"), 3, Path("films"))
+    with closing(envs):
+        envs.reset(seed=1)
+        for actions in np.random.default_rng(1).integers(0, 4, (60, 3)):
+            envs.step(actions)
+        assert_same_pictures(emulators)
+
+
+def assert_same_pictures(emulators):
     grey, colour = sorted(([step[0] for step in x.steps] for x in emulators), key=lambda x: x[0].ndim)
     assert 50 <= len(colour) <= len(grey)
     for step, (seen, filmed) in enumerate(zip(grey, colour, strict=False)):
