@@ -74,7 +74,7 @@ class Args:
     # --- network ---
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers, actor and critic alike
     activation: Literal["tanh", "relu", "elu", "gelu"] = "tanh"  # after each hidden layer
-    init_log_std: float = 0.0  # log of the standard deviation of the actions at the start
+    init_log_std: float = -0.5  # log of the standard deviation of the actions at the start (CleanRL: 0)
     learn_std: bool = True  # learn it; --no-learn-std keeps it as it is at the start
     norm_obs: bool = True  # normalise observations by their running mean and std, clip them to 10
 
