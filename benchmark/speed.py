@@ -198,6 +198,8 @@ def sb3_model(script, args, kind="DummyVecEnv", watch=lambda envs: envs):
         envs = vec_env.DummyVecEnv([lambda: env_util.Monitor(gymnasium.make(args.env_id))] * args.num_envs)
         policy = "MlpPolicy"
         kwargs = {"net_arch": list(args.hidden_sizes), "activation_fn": torch.nn.Tanh}
+        if hasattr(args, "init_log_std"):
+            kwargs["log_std_init"] = args.init_log_std
         if args.norm_obs:
             envs = vec_env.VecNormalize(envs, gamma=args.gamma)
     return sb3.PPO(

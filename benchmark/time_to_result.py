@@ -45,7 +45,7 @@ class Task:
 
 TASKS = {
     "cartpole": Task("ppo_discrete", 475),
-    "halfcheetah": Task("ppo_continuous", 1500),
+    "halfcheetah": Task("ppo_continuous", 1500, flags={"init_log_std": 0.0}),  # SB3's default
     "pong": Task(
         "ppo_atari", 0, ("eager", "sb3"), {"env_id": "PongNoFrameskip-v4", "total_timesteps": 2_000_000}
     ),

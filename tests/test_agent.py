@@ -99,12 +99,13 @@ def test_b24_fresh_policy_is_almost_uniform(categorical_script, num_actions):
     assert torch.allclose(entropy, torch.full((6,), math.log(num_actions)), rtol=0, atol=1e-3)
 
 
-def test_b24_fresh_policy_is_a_standard_normal(continuous):
-    """Means near 0, and the entropy of a standard deviation of 1."""
+def test_b24_fresh_policy_is_normal_around_0(continuous):
+    """Means near 0, and the entropy of a standard deviation of exp(-0.5), the default."""
     agent = make_agent(continuous)
     mean, _, entropy, _ = agent.get_action_and_value(make_obs(continuous), deterministic=True)
     assert mean.abs().max() < 0.05
-    assert torch.allclose(entropy, torch.full((6,), 2 * math.log(2 * math.pi * math.e)))
+    of_each = 0.5 * math.log(2 * math.pi * math.e * math.exp(-0.5) ** 2)
+    assert torch.allclose(entropy, torch.full((6,), 4 * of_each))
 
 
 def test_b24_policy_and_value_share_nothing(mlp_script):
