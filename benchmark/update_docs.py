@@ -124,14 +124,21 @@ def group_of(group):
 
 
 def recipes_table(group):
-    """A row per measured recipe of a group, with what others report, and one that names the other recipes."""
+    """A row per measured recipe of a group, with what others report, and one that names the other recipes.
+
+    Recipes that are compared with another one have its returns beside theirs, in place of evaluations.
+    """
     entries = group_of(group)
-    last = [x for x in ("note", "published") if any(x in entry for entry in entries.values())]
     header = ["recipe", "task", "steps", "training", "sampled", "deterministic"]
-    table = [header + [{"published": "published PPO"}.get(x, x) for x in last], rule(len(header + last))]
+    if all("against" in entry for entry in entries.values()):
+        header = ["recipe", "task", "training", "against"]
+    last = [x for x in ("note", "published") if any(x in entry for entry in entries.values())]
+    table = [[{"published": "published PPO"}.get(x, x) for x in header + last], rule(len(header + last))]
     missing = []
     for name, entry in entries.items():
         cells = {"recipe": f"`{name}`", "task": entry["env_id"]} | cells_of(name)
+        if "against" in entry:
+            cells["against"] = f"`{entry['against']}`: {cells_of(entry['against'])['training']}"
         if cells["steps"] == NOT_MEASURED:
             missing.append(f"`{name}`")
         else:
