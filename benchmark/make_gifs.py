@@ -1,12 +1,11 @@
 """Film trained agents: short loops as docs/images/cartpole.gif, halfcheetah.gif and breakout.gif.
 
     pip install -r benchmark/requirements.txt
-    python benchmark/make_gifs.py benchmark/runs/cartpole-1 benchmark/runs/breakout-fp32-1
-    python benchmark/make_gifs.py benchmark/runs/halfcheetah-{1,2,3}
+    python benchmark/make_gifs.py benchmark/runs/{cartpole-1,halfcheetah-1,breakout-fp32-1}
 
 Each argument is a run directory or a checkpoint.pt. Agents take deterministic actions in episodes with seeds
 that training never used. Of several runs of one script the one with the highest mean return is filmed, in the
-episode that is its median: halfcheetah.gif shows the best of seeds 1, 2 and 3. The runs are not written to.
+episode that is its median. The runs are not written to.
 """
 
 import importlib
