@@ -7,9 +7,8 @@
 The clock starts with the process, so that imports, compiling (from an empty cache) and the first steps count,
 and stops with the first iteration after which the mean return of the last 100 training episodes is at least
 the target. Programs have one thread each, and as many of them run at once as there are cores. The
-hyperparameters are the defaults of the script (on HalfCheetah with SB3's standard deviation at the start),
-and so is the length of the run, over which the learning rate falls; a run that ends before it has
-reached the target has no minutes.
+hyperparameters are the defaults of the script, and so is the length of the run, over which the learning
+rate falls; a run that ends before it has reached the target has no minutes.
 
 One setting is not the same: SB3 does not clip values here, as it does not by default. Its clipping is another
 one, which does not take the larger of the two errors: a value that was moved far the wrong way then gets no
@@ -46,7 +45,7 @@ class Task:
 
 TASKS = {
     "cartpole": Task("ppo_discrete", 475),
-    "halfcheetah": Task("ppo_continuous", 1500, flags={"init_log_std": 0.0}),  # SB3's default
+    "halfcheetah": Task("ppo_continuous", 1500),
     "pong": Task(
         "ppo_atari", 0, ("eager", "sb3"), {"env_id": "PongNoFrameskip-v4", "total_timesteps": 2_000_000}
     ),
