@@ -5,8 +5,9 @@
     python benchmark/run.py classic --list              # what is done, and what is left
     python benchmark/plots.py && python benchmark/update_docs.py
 
-As many runs go on at once as there are cores, with one thread each. A run that has its row is left alone; one
-that was interrupted goes on from its checkpoint; --again runs what has a row once more and replaces the row.
+As many runs go on at once as there are cores, with one thread each, or --jobs of them with --threads each.
+A run that has its row is left alone; one that was interrupted goes on from its checkpoint; --again runs what
+has a row once more and replaces the row. ppo_atari.py takes a GPU where torch finds one.
 Each run trains a copy of its script, and applies its patch, as of the present commit, so that both may be
 edited meanwhile. Its directory is benchmark/runs/<recipe>-<seed>, with all that it printed in log.txt.
 
@@ -14,8 +15,8 @@ results.csv: flags are all but --env-id, --seed, --num-threads and --run-dir; ep
 return of the last 100 training episodes; eval_sampled and eval_deterministic are means over 100 episodes (20
 games of Pong, 10 in an ablation) with seeds that training never used, with their standard deviations; wall_s
 and sps are of the training alone, with whatever else the machine did meanwhile: speeds are in speed.csv.
-commit is that of the script. Rows from before a column existed have it empty. curves.csv has up to 200
-points a run.
+commit is that of the script; threads, versions and hardware are of the machine that trained. Rows from before
+a column existed have it empty. curves.csv has up to 200 points a run.
 """
 
 import importlib
@@ -57,6 +58,7 @@ class Run(NamedTuple):
     patch: str  # <script>-<patch>.patch of ablations/, or empty
     seed: int
     commit: str
+    threads: int = 1
 
 
 def git(*command):
@@ -64,13 +66,22 @@ def git(*command):
     return subprocess.run(["git", *command], cwd=ROOT, check=True, capture_output=True).stdout
 
 
-def hardware():
-    """For instance `AMD EPYC, 1 of 2 cores`."""
+def machine(run):
+    """Columns of results.csv: what trains. hardware is, for instance, `AMD EPYC, 1 of 2 cores`."""
     name = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, 1 of {os.cpu_count()} cores"
+    hardware = f"{name}, {run.threads} of {os.cpu_count()} cores"
+    if run.script == "ppo_atari" and torch.cuda.is_available():  # the others stay on the CPU by default
+        hardware += f", {torch.cuda.get_device_name()}"
+    return {
+        "threads": run.threads,
+        "torch": torch.__version__,
+        "gymnasium": gymnasium.__version__,
+        "python": platform.python_version(),
+        "hardware": hardware,
+    }
 
 
 def note_commit(scripts, commit, new_numerics):
@@ -104,6 +115,13 @@ def note_commit(scripts, commit, new_numerics):
 
 def execute(run):
     """Train (or go on), evaluate, and return a row of results.csv and the rows of curves.csv."""
+    run_dir, script = set_up(run)
+    train(run, run_dir, script)
+    return describe(run, run_dir, script)
+
+
+def set_up(run):
+    """The directory of the run, with a copy of its script as of the commit, patched."""
     run_dir = RUNS / f"{run.recipe}-{run.seed}"
     run_dir.mkdir(parents=True, exist_ok=True)
     script = run_dir / f"{run.script}.py"
@@ -125,8 +143,7 @@ def execute(run):
         copy.parent.rmdir()
     made_for = (run_dir / "recipe").read_text().strip()
     assert made_for == what, f"{run_dir} is of another recipe, {made_for}: remove it"
-    train(run, run_dir, script)
-    return describe(run, run_dir, script)
+    return run_dir, script
 
 
 def train(run, run_dir, script):
@@ -140,11 +157,12 @@ def train(run, run_dir, script):
         command += ["--resume", "."]
     else:
         command += ["--env-id", run.env_id, *shlex.split(run.flags)]
-        command += ["--seed", str(run.seed), "--num-threads", "1", "--run-dir", "."]
+        command += ["--seed", str(run.seed), "--run-dir", "."]
+        (run_dir / "machine.json").write_text(json.dumps(machine(run)))
     with (run_dir / "log.txt").open("a") as log:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "60"}
+        environment = os.environ | {"OMP_NUM_THREADS": str(run.threads), "TQDM_MININTERVAL": "60"}
         subprocess.run(
-            [*command, "--eval-episodes", "0"],
+            [*command, "--num-threads", str(run.threads), "--eval-episodes", "0"],
             cwd=run_dir,
             env=environment,
             check=True,
@@ -191,12 +209,9 @@ def describe(run, run_dir, script):
         "sps": round(steps / seconds),
         "commit": (run_dir / "commit").read_text(),
         "date": datetime.now(UTC).date().isoformat(),
-        "threads": 1,
-        "torch": torch.__version__,
-        "gymnasium": gymnasium.__version__,
-        "python": platform.python_version(),
-        "hardware": hardware(),
     }
+    # by name, and last: hardware is the last column
+    row |= json.loads((run_dir / "machine.json").read_text())
     every = -(-len(points) // MOST_POINTS)
     curve = [
         {"recipe": run.recipe, "seed": run.seed, "step": x.step, "return": round(x.value, 2)}
@@ -239,6 +254,7 @@ def main(
     names: tyro.conf.Positional[tuple[str, ...]] = (),
     seeds: tuple[int, ...] = (),
     jobs: int = os.cpu_count() or 1,
+    threads: int = 1,
     again: bool = False,
     list: bool = False,
     new_numerics: bool = False,
@@ -249,6 +265,7 @@ def main(
         names: recipes or groups of recipes.toml; none: all.
         seeds: instead of those of the table.
         jobs: runs at once.
+        threads: of each run, for torch and for the emulators of Atari.
         again: also what has a row, from the beginning.
         list: only say what is done and what is left.
         new_numerics: the numbers of a script have changed on purpose; its older rows are marked from now on.
@@ -266,7 +283,7 @@ def main(
             if finished and not again:
                 continue
             fields = {key: entry[key] for key in ("script", "env_id", "flags", "patch")}
-            todo.append(Run(recipe=name, seed=seed, commit=commit, **fields))
+            todo.append(Run(recipe=name, seed=seed, commit=commit, threads=threads, **fields))
     if list or not todo:
         print(f"{len(todo)} runs to do")
         return

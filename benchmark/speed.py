@@ -46,17 +46,18 @@ HERE = Path(__file__).resolve().parent
 
 VECTORS = ("eager", "compile", "sb3", "sb3 1 thread", "limit")
 ATARI = ("eager", "sb3", "sb3 1 thread", "sb3 subproc", "limit", "bf16", "bf16 limit")
-GPU = ("eager", "graphs", "sb3", "environments")
+GPU = ("eager", "graphs", "graphs bf16", "sb3", "environments")
+MANY_GAMES = ("eager", "graphs", "graphs bf16", "environments")  # SB3 would take minutes for a turn
 # What is not said is a default of the script. iterations: of one turn; flags: of all programs
 TASKS = {
     "cartpole": {"script": "ppo_discrete", "iterations": 20, "programs": VECTORS},
     "halfcheetah": {"script": "ppo_continuous", "iterations": 2, "programs": VECTORS},
     "breakout": {"script": "ppo_atari", "iterations": 1, "programs": ATARI},
-    "gpu breakout": {"script": "ppo_atari", "iterations": 5, "programs": GPU, "flags": {"device": "cuda"}},
+    "gpu breakout": {"script": "ppo_atari", "iterations": 4, "programs": GPU, "flags": {"device": "cuda"}},
     "gpu breakout 64": {
         "script": "ppo_atari",
         "iterations": 2,
-        "programs": GPU,
+        "programs": MANY_GAMES,
         "flags": {"device": "cuda", "num_envs": 64},
     },
 }
@@ -64,6 +65,7 @@ PROGRAMS = {  # one that is not sb3, limit or environments is the script with th
     "eager": {},
     "compile": {"compile": True},
     "graphs": {"cuda_graphs": True},
+    "graphs bf16": {"cuda_graphs": True, "precision": "bf16"},
     "sb3": {},
     "sb3 1 thread": {"num_threads": 1},
     "sb3 subproc": {},
@@ -456,14 +458,18 @@ def compare(args):
 
 
 def summarise(rows):
-    """Medians and quartiles over the rounds; x_sb3 is the ratio to sb3 within a round."""
+    """Medians and quartiles over the rounds; x_sb3 is the ratio to sb3 within a round, where sb3 was run."""
     sb3 = {(row["task"], str(row["round"])): float(row["sps"]) for row in rows if row["program"] == "sb3"}
     summary = []
     for task, program in dict.fromkeys((row["task"], row["program"]) for row in rows):
         mine = [row for row in rows if (row["task"], row["program"]) == (task, program)]
         columns = {"task": task, "program": program, "rounds": len(mine)}
         columns |= with_quartiles("sps", [row["sps"] for row in mine])
-        columns |= with_quartiles("x_sb3", [float(x["sps"]) / sb3[task, str(x["round"])] for x in mine], 3)
+        ratios = [
+            float(x["sps"]) / sb3[task, str(x["round"])] for x in mine if (task, str(x["round"])) in sb3
+        ]
+        if ratios:
+            columns |= with_quartiles("x_sb3", ratios, 3)
         for key in ("environment_ms", "policy_ms", "update_ms"):
             columns |= with_quartiles(key, [row[key] for row in mine])
         for key in ("peak_mb", "first_iteration_s"):  # one start: no spread
@@ -481,11 +487,15 @@ def table(summary):
         "| --- " * 10 + "|",
     ]
     for row in summary:
-        x = {key: float(value) for key, value in row.items() if key.endswith(("ms", "mb", "_s", "q1", "q3"))}
+        kinds = ("ms", "mb", "_s", "q1", "q3")
+        x = {key: float(value) for key, value in row.items() if key.endswith(kinds) and value != ""}
+        ratio = "not measured"
+        if row.get("x_sb3", "") != "":
+            ratio = f"{float(row['x_sb3']):.2f} ({x['x_sb3_q1']:.2f} to {x['x_sb3_q3']:.2f})"
         cells = [
             f"{row['task']} | {row['program']}",
             f"{float(row['sps']):,.0f} ({x['sps_q1']:,.0f} to {x['sps_q3']:,.0f})",
-            f"{float(row['x_sb3']):.2f} ({x['x_sb3_q1']:.2f} to {x['x_sb3_q3']:.2f})",
+            ratio,
             f"{x['environment_ms']:.0f} ms | {x['policy_ms']:.0f} ms | {x['update_ms']:.0f} ms",
             f"{x['peak_mb']:.0f} MB | {x['first_iteration_s']:.1f} s | {row['threads']}",
         ]
