@@ -44,7 +44,6 @@ import numpy as np
 import torch
 import tyro
 from filelock import FileLock, Timeout
-from gymnasium.utils.save_video import save_video
 from torch import distributed, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -426,6 +425,8 @@ class RecordColour(gym.vector.VectorWrapper):
 
     def close(self, **kwargs):
         if self.frames:
+            from gymnasium.utils.save_video import save_video  # wants moviepy, which only films need
+
             save_video(self.frames, self.folder, fps=15)
         super().close(**kwargs)
 

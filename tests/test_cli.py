@@ -120,6 +120,13 @@ def test_a_missing_optional_package_is_named_with_its_pip_line(script, refused, 
     refused(script, [flag], flag, f"pip install {package}")
 
 
+def test_a_script_starts_without_moviepy():
+    """None in sys.modules makes Python raise ImportError, as if it were not installed."""
+    code = f"import sys; sys.modules['moviepy'] = None; import {', '.join(NAMES)}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_evaluating_with_video_needs_moviepy_too(discrete, refused, monkeypatch, checkpoints):
     without(monkeypatch, "moviepy")
     path = copied(checkpoints["ppo_discrete"])
