@@ -68,7 +68,7 @@ class Args:
     max_grad_norm: float = 0.5  # limit of the norm of the whole gradient; 0: off
     target_kl: float = 0.0  # end the iteration's update at an approximate KL above this; 0: off
     objective: Literal["clip", "kl-penalty"] = "clip"  # what bounds the policy's step
-    kl_penalty_coef: float = 1.0  # kl-penalty: beta at the start; it doubles or halves after each update
+    kl_penalty_coef: float = 1.0  # kl-penalty: beta at the start; a KL off the target doubles or halves it
     kl_penalty_target: float = 0.01  # kl-penalty: KL between old and new policy that beta steers to
 
     # --- network ---
@@ -165,7 +165,7 @@ class Agent(nn.Module):
         log_peak = -logstd - 0.5 * math.log(2 * math.pi)  # (A,) log density at the mean
         log_density = log_peak - 0.5 * ((action - mean) / logstd.exp()) ** 2  # (N, A)
         logprob = log_density.sum(-1)  # [cont 3] components are independent: their log-probabilities add up
-        entropy = (0.5 - log_peak).sum().expand(len(obs))  # the same in every state
+        entropy = (0.5 - log_peak).sum().expand(len(obs))  # mean of -log_density; the same in every state
         return action, logprob, entropy, self.get_value(obs)
 
     def act(self, raw_obs):
@@ -194,24 +194,24 @@ def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
 
 
 def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, values, args, kl_coef=None):
-    """Loss to minimise, PPO paper eq. 9, and a dict of detached scalars. All tensors: (M,).
+    """Loss to minimise, minus eq. 9 of the PPO paper, and a dict of detached scalars. All tensors: (M,).
 
-    newlogprob, entropy, newvalue: of the current weights; logprobs, values: of those that made the rollout.
-    args: anything with clip_coef, clip_vloss, ent_coef, vf_coef, norm_adv. kl_coef: beta of the KL penalty,
-    None for the clipped objective.
+    newlogprob, entropy, newvalue: of the current weights; logprobs, values: of the weights that made the
+    rollout. args: anything with clip_coef, clip_vloss, ent_coef, vf_coef, norm_adv. kl_coef: beta of the KL
+    penalty, None for the clipped objective.
     """
     shapes = {x.shape for x in (newlogprob, entropy, newvalue, logprobs, advantages, returns, values)}
     assert len(shapes) == 1, f"shapes {shapes} would broadcast"
     logratio = newlogprob - logprobs
-    ratio = logratio.exp()  # about 1 in the first minibatch: the weights have not moved yet
+    ratio = logratio.exp()  # 1 in an iteration's first minibatch, up to rounding: same weights still
     kl = ratio - 1 - logratio  # estimates KL(old || new): http://joschu.net/blog/kl-approx.html
     if args.norm_adv:  # [core 7] per minibatch, not per batch
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
-    if kl_coef is None:  # [core 8] clipped objective, eq. 7: nothing to gain beyond clip_coef
+    if kl_coef is None:  # [core 8] clipped objective, eq. 7: no gain from moving the ratio any further
         clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
         pg_loss = -torch.min(advantages * ratio, advantages * clipped_ratio).mean()
-    else:  # KL penalty, eq. 8; kl has the mean of -logratio, since the mean of ratio is 1, and less noise
+    else:  # KL penalty, eq. 8; ratio - 1 has mean 0, so kl estimates what -logratio does, with less noise
         pg_loss = (-advantages * ratio + kl_coef * kl).mean()
 
     v_error = (newvalue - returns) ** 2
@@ -220,7 +220,7 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
         v_error = torch.max(v_error, (clipped_value - returns) ** 2)
     v_loss = 0.5 * v_error.mean()
     entropy_loss = entropy.mean()
-    loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss  # [core 10] eq. 9
+    loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss  # [core 10] minus eq. 9
 
     stats = {  # [core 12]
         "pg_loss": pg_loss.detach(),
@@ -234,7 +234,7 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
 
 
 def compute_gradients(agent, batch, mb_inds, args, kl_coef):
-    """Leave the clipped gradient of the loss on rows mb_inds, (M,), of batch in .grad; return the stats."""
+    """Put the clipped gradient of the loss into .grad; return the stats. mb_inds, (M,): rows of the batch."""
     mb = {name: x.index_select(0, mb_inds) for name, x in batch.items()}  # (M, ...), faster than x[mb_inds]
     _, newlogprob, entropy, newvalue = agent.get_action_and_value(mb["obs"], mb["actions"])
     beta = kl_coef if args.objective == "kl-penalty" else None
@@ -242,7 +242,7 @@ def compute_gradients(agent, batch, mb_inds, args, kl_coef):
     loss, stats = ppo_loss(newlogprob, entropy, newvalue, **rollout, args=args, kl_coef=beta)
     loss.backward()
     max_norm = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
-    # [core 11] one norm over policy and V; foreach=False, since torch.compile cannot trace foreach
+    # [core 11] one norm over policy and V; foreach=False: torch.compile takes it whole
     stats["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), max_norm, foreach=False)
     return stats
 
@@ -267,7 +267,7 @@ def train(args, stop_requested=lambda: False):
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
     kl_coef = torch.tensor(float(args.kl_penalty_coef), device=device)  # beta of the KL penalty
     global_step = checkpoint["global_step"] if checkpoint else 0
-    next_obs, _ = envs.reset(seed=args.seed + global_step)  # resuming replays no episode
+    next_obs, _ = envs.reset(seed=args.seed + global_step)  # another one after --resume
     next_obs = torch.as_tensor(next_obs, device=device)
     if checkpoint:
         restore(checkpoint, agent, optimizer, envs, kl_coef)
@@ -299,7 +299,7 @@ def train(args, stop_requested=lambda: False):
                     next_obs, rewards[t], terminated, truncated, infos = envs.step(actions[t].cpu().numpy())
                     dones[t] = terminated | truncated
                     time_limit = truncated & ~terminated  # (N,)
-                    if time_limit.any():  # [ours 1] the task goes on: V(final_obs) stands for the rest of it
+                    if time_limit.any():  # [ours 1] the task would go on: add the value of what was cut off
                         final_obs = torch.as_tensor(np.stack(infos["final_obs"][time_limit]), device=device)
                         final_values = agent.get_value(agent.normalize(final_obs))
                         rewards[t, time_limit] += args.gamma * final_values.cpu().numpy()
@@ -324,8 +324,8 @@ def train(args, stop_requested=lambda: False):
             for _ in range(args.update_epochs):
                 for mb_inds in torch.randperm(B, device=device).split(M):  # (M,)
                     optimizer.zero_grad()
-                    stats = backward(agent, batch, mb_inds, args, kl_coef)
-                    # [ours 3] the steps so far went too far: no further one. The first is always taken
+                    stats = backward(agent, batch, mb_inds, args, kl_coef)  # compute_gradients
+                    # [ours 3] earlier steps went too far: drop this gradient (but the first is always taken)
                     if args.target_kl > 0 and len(updates) > 0 and stats["approx_kl"] > args.target_kl:
                         kl_exceeded = True
                         break
@@ -339,7 +339,7 @@ def train(args, stop_requested=lambda: False):
                 charts["kl_coef"] = kl_coef.item()
                 charts["kl"] = adapt_kl_coef(kl_coef, agent, batch, args.kl_penalty_target)
 
-            # --- 5. diagnostics: nothing below changes the algorithm; losses are means [ours 4] ---
+            # --- 5. logs and checkpoint: no part of the algorithm; losses are means [ours 4] ---
             losses = dict(zip(stats, torch.stack(updates).mean(0).tolist(), strict=True))
             now = time.time()
             charts["SPS"] = (global_step - start_step) / (now - start_time)
@@ -368,7 +368,7 @@ def adapt_kl_coef(kl_coef, agent, batch, target):
         kl_coef.mul_(2)
     elif kl < target / 1.5:
         kl_coef.div_(2)
-    kl_coef.clamp_(1e-6, 1e6)  # after thousands of halvings it would stay at 0
+    kl_coef.clamp_(1e-6, 1e6)  # in float32, 150 halvings in a row would make it 0 for good
     return kl
 
 
@@ -415,7 +415,7 @@ class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
         return obs, rewards, terminated, truncated, infos
 
     def close(self, **kwargs):
-        hint = f"--env-id {self.env_id} does not close: Ctrl-C twice ends it, what was trained is saved"
+        hint = f"--env-id {self.env_id} does not close: Ctrl-C twice ends it, the newest checkpoint stays"
         timer = threading.Timer(10, print, [hint])
         timer.start()
         with suppress(Exception):  # the training has ended, whatever fails here
@@ -425,7 +425,7 @@ class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
 
 
 class DropInfos(gym.Wrapper):
-    """Hands on no infos: nothing here reads them, merging them costs time, and odd ones cannot be merged."""
+    """Drops the infos: nothing here reads them, merging them costs time, and odd ones cannot be merged."""
 
     def reset(self, **kwargs):
         obs, _ = self.env.reset(**kwargs)
@@ -437,7 +437,7 @@ class DropInfos(gym.Wrapper):
 
 
 def start_worker(seed):
-    """In a process of --vectorization async: signals are for main, random numbers are its own."""
+    """In a process of --vectorization async: leave signals to main, draw random numbers of its own."""
     name = multiprocessing.current_process().name  # such as Worker<AsyncVectorEnv>-3
     if name.startswith("Worker<"):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -706,7 +706,7 @@ def open_log(args, run_dir, global_step, device):
     """Create the run directory, start Weights & Biases on request; yield TensorBoard's writer, the bar."""
     B = args.num_steps * args.num_envs
     iterations = args.total_timesteps // B
-    lock = FileLock(run_dir / ".lock", blocking=False)  # the system opens it when the process ends
+    lock = FileLock(run_dir / ".lock", blocking=False)  # the system releases it when the process ends
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()

@@ -3,12 +3,14 @@
     pip install -r benchmark/requirements.txt
     python benchmark/time_to_result.py                     # time_to_result.csv
     python benchmark/time_to_result.py --tasks cartpole --seeds 1 2 3 4 5
+    python benchmark/time_to_result.py --tasks "gpu pong" --seeds 1 2 --jobs 2
 
 The clock starts with the process, so that imports, compiling (from an empty cache) and the first steps count,
 and stops with the first iteration after which the mean return of the last 100 training episodes is at least
-the target. Programs have one thread each, and as many of them run at once as there are cores. The
-hyperparameters are the defaults of the script, and so is the length of the run, over which the learning
-rate falls; a run that ends before it has reached the target has no minutes.
+the target. Programs have one thread each, eight beside a GPU, and as many of them run at once as there are
+cores, or --jobs. The hyperparameters are the defaults of the script, and so is the length of the run, over
+which the learning rate falls, if TASKS does not say otherwise; a run that ends before it has reached the
+target has no minutes.
 
 One setting is not the same: SB3 does not clip values here, as it does not by default. Its clipping is another
 one, which does not take the larger of the two errors: a value that was moved far the wrong way then gets no
@@ -48,6 +50,23 @@ TASKS = {
     "halfcheetah": Task("ppo_continuous", 1500),
     "pong": Task(
         "ppo_atari", 0, ("eager", "sb3"), {"env_id": "PongNoFrameskip-v4", "total_timesteps": 2_000_000}
+    ),
+    "gpu pong": Task(  # the recipe pong-gpu
+        "ppo_atari",
+        0,
+        ("graphs",),
+        {
+            "env_id": "PongNoFrameskip-v4",
+            "total_timesteps": 2_200_000,
+            "num_envs": 16,
+            "num_minibatches": 8,
+            "update_epochs": 3,
+            "clip_coef": 0.2,
+            "learning_rate": 5e-4,
+            "cuda_graphs": True,
+            "device": "cuda",
+            "num_threads": 8,
+        },
     ),
 }
 
@@ -165,6 +184,8 @@ def main():
     import tyro  # not above: it is not part of what is measured
 
     args = tyro.cli(Args)
+    if any(name.startswith("gpu ") for name in args.tasks):
+        importlib.import_module("torch")  # speed.machine() asks it for the name of the GPU
     jobs = []
     for name in args.tasks:
         programs = TASKS[name].programs

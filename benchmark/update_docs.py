@@ -4,7 +4,7 @@ It fills
 - the cells of tables whose first column is `recipe`, from results.csv (and `minutes` from speed.csv);
 - comments `# <recipe>: ...` behind commands in blocks of code, from the same files;
 - the tables marked <!-- speed -->, <!-- growth -->, <!-- threads --> and <!-- time_to_result -->, from the
-  files of these names;
+  files of these names, and <!-- speed on a GPU -->, <!-- time_to_result on a GPU --> from the same ones;
 - tables marked <!-- recipes: group --> and commands marked <!-- commands: group -->, from recipes.toml;
 - tables marked <!-- ablation: group -->, from ablation.csv and results.csv;
 - of tables whose first column is `tag`, the column `where` from the scripts themselves, and `without it` from
@@ -195,9 +195,14 @@ def quartiles(numbers):
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def speed_table():
+def on(name, gpu):
+    """The rows of benchmark/<name>.csv whose task is one for a GPU, or those whose task is not."""
+    return [row for row in rows_of(name) if row["task"].startswith("gpu ") == gpu]
+
+
+def speed_table(gpu=False):
     """Medians over rounds; ratios are taken within a round."""
-    rows = rows_of("speed")
+    rows = on("speed", gpu)
     header = ["task", "program", "steps/s", "x SB3", "environments", "policy", "update"]
     header += ["memory", "first iteration"]
     table = [header, rule(len(header))]
@@ -209,7 +214,7 @@ def speed_table():
         sps, *times, memory, first = (statistics.median(float(row[key]) for row in mine) for key in keys)
         table.append(
             [
-                task,
+                task.removeprefix("gpu "),
                 program,
                 f"{sps:,.0f}",
                 quartiles(ratios) if ratios else NOT_MEASURED,
@@ -249,17 +254,22 @@ def threads_table():
     return markdown(*table)
 
 
-TIMED = {"eager": "ours", "compile": "ours, `--compile`", "sb3": "Stable-Baselines3"}
+TIMED = {
+    "eager": "ours",
+    "compile": "ours, `--compile`",
+    "graphs": "ours, `--cuda-graphs`",
+    "sb3": "Stable-Baselines3",
+}
 
 
-def time_table():
+def time_table(gpu=False):
     """Minutes until a return is reached and steps per second: medians over seeds; then those of each seed."""
-    rows = rows_of("time_to_result")
+    rows = on("time_to_result", gpu)
     programs = [program for program in TIMED if any(row["program"] == program for row in rows)]
     table = [["task", "return", *(TIMED[program] for program in programs)], rule(2 + len(programs))]
     for task in dict.fromkeys(row["task"] for row in rows):
         mine = [row for row in rows if row["task"] == task]
-        cells = [task, f"{float(mine[0]['target']):,.0f}"]
+        cells = [task.removeprefix("gpu "), f"{float(mine[0]['target']):,.0f}"]
         for program in programs:
             runs = [row for row in mine if row["program"] == program]
             cells.append(time_cell(runs) if runs else NOT_MEASURED)
@@ -283,9 +293,11 @@ def time_cell(runs):
 
 TABLES = {
     "speed": speed_table,
+    "speed on a GPU": functools.partial(speed_table, gpu=True),
     "growth": growth_table,
     "threads": threads_table,
     "time_to_result": time_table,
+    "time_to_result on a GPU": functools.partial(time_table, gpu=True),
 }
 OF_GROUPS = {"recipes": recipes_table, "commands": command_lines, "ablation": ablation_table}
 
@@ -372,7 +384,7 @@ def updated(text):
         number_of += 1
         if line.startswith("```"):
             in_code = not in_code
-        mark = re.fullmatch(r"<!-- (\w+) -->", line)
+        mark = re.fullmatch(r"<!-- ([\w ]+) -->", line)
         of_group = re.fullmatch(r"<!-- (recipes|commands|ablation): ([\w-]+) -->", line)
         if of_group:
             lines += [line, *OF_GROUPS[of_group[1]](of_group[2])]
