@@ -150,7 +150,7 @@ def train(run, run_dir, script):
     checkpoint = run_dir / "checkpoint.pt"
     command = [sys.executable, script.name]
     if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         batch = saved["args"]["num_steps"] * saved["args"]["num_envs"]
         if saved["global_step"] + batch > saved["args"]["total_timesteps"]:
             return
@@ -192,7 +192,7 @@ def describe(run, run_dir, script):
             points += events.Scalars("charts/episodic_return")
         if "charts/SPS" in scalars:
             seconds += events.Scalars("charts/SPS")[-1].wall_time - events.FirstEventTimestamp()
-    steps = torch.load(run_dir / "checkpoint.pt", weights_only=True)["global_step"]
+    steps = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)["global_step"]
     row = {
         "recipe": run.recipe,
         "script": run.script,

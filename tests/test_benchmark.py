@@ -193,3 +193,39 @@ def test_a_second_runner_leaves_the_first_alone(monkeypatch, tmp_path):
         other.stdout.read(1)
         with pytest.raises(SystemExit, match=r"another run\.py"):
             runner.main(("cartpole",), seeds=(99,))
+
+
+def test_a_row_names_the_machine_that_trained(monkeypatch):
+    """With its GPU only where the script takes one by itself, and with the threads of the run."""
+    pytest.importorskip("pandas")
+    runner = importlib.import_module("run")
+    monkeypatch.setattr(runner.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runner.torch.cuda, "get_device_name", lambda: "Some GPU")
+    fields = {"recipe": "", "env_id": "", "flags": "", "patch": "", "seed": 1, "commit": "", "threads": 8}
+    for script, end in (("ppo_atari", "cores, Some GPU"), ("ppo_discrete", "cores")):
+        columns = runner.machine(runner.Run(script=script, **fields))
+        assert columns["threads"] == 8 and columns["hardware"].endswith(end)
+        assert ", 8 of " in columns["hardware"]
+
+
+def test_rows_with_graphs_were_made_on_a_gpu():
+    found = [row for row in rows("results") if "--cuda-graphs" in row["flags"]]
+    assert found and all("NVIDIA" in row["hardware"] for row in found)
+    for name in ("speed", "time_to_result"):
+        on_gpu = [row for row in rows(name) if row["task"].startswith("gpu ")]
+        assert on_gpu and all(row["gpu"] for row in on_gpu)
+
+
+def test_speeds_are_shown_where_sb3_was_not_run():
+    """With many games it would take minutes; ratios to it are then not measured."""
+    import speed
+
+    times = dict.fromkeys(("environment_ms", "policy_ms", "update_ms", "peak_mb", "first_iteration_s"), 1.0)
+    kinds = (("a", "eager", 30.0), ("a", "sb3", 10.0), ("b", "eager", 20.0))
+    made = [{"task": task, "program": x, "round": 1, "sps": sps} | times for task, x, sps in kinds]
+    lines = speed.table(speed.summarise(made))[2:]
+    assert [line.split(" | ")[3] for line in lines] == [
+        "3.00 (3.00 to 3.00)",
+        "1.00 (1.00 to 1.00)",
+        "not measured",
+    ]
