@@ -124,7 +124,7 @@ def group_of(group):
 
 
 def recipes_table(group):
-    """A row per measured recipe of a group, with what others report, and one that names the other recipes.
+    """A row per measured recipe of a group, with what others report, and one that names what is missing.
 
     Recipes that are compared with another one have its returns beside theirs, in place of evaluations.
     """
@@ -139,12 +139,16 @@ def recipes_table(group):
         cells = {"recipe": f"`{name}`", "task": entry["env_id"]} | cells_of(name)
         if "against" in entry:
             cells["against"] = f"`{entry['against']}`: {cells_of(entry['against'])['training']}"
-        if cells["steps"] == NOT_MEASURED:
-            missing.append(f"`{name}`")
-        else:
+        measured = {int(run["seed"]) for run in rows_of("results") if run["recipe"] == name}
+        seeds = [seed for seed in entry["seeds"] if seed not in measured]
+        if not measured:
+            missing.append(f"all of `{name}`")
+        elif seeds:
+            missing.append(f"{', '.join(map(str, seeds))} of `{name}`")
+        if measured:
             table.append([cells[x] for x in header] + [entry.get(x, "") for x in last])
     if missing:
-        table.append([f"not measured yet: {', '.join(missing)}", *[""] * (len(header + last) - 1)])
+        table.append([f"seeds not run yet: {'; '.join(missing)}", *[""] * (len(header + last) - 1)])
     return markdown(*table)
 
 
