@@ -47,7 +47,7 @@ class Mutant(NamedTuple):
 
 # the longer ones: episodes are recorded with signs for rewards; a truncated return is added to the next one;
 # an observation is kept as a reference, which is read after the step; targets move with the value function
-RECORDS_SIGNS = "LearningEnvs(gym.wrappers.vector.TransformReward(envs, np.sign))"
+RECORDS_SIGNS = "LearningEnvs(gym.wrappers.vector.TransformReward(envs, np.sign), sticky)"
 CARRIES_ON = 'super().step(actions); self.episode_returns += infos.get("episode", {"r": 0})["r"] * truncated'
 STEPS = "next_obs, rewards[t], terminated, truncated, infos = envs"
 STORES_LATE = "obs[t], (next_obs, rewards[t], terminated, truncated, infos) = next_obs, envs"
@@ -81,7 +81,7 @@ MUTANTS = [
     ("agent", "b24_gains", "atari", "num_actions), std=0.01", "num_actions)"),
     ("agent", "b25", "atari", ".div_(255)", ""),
     ("envs", "b26", "atari", '"episodic_life": False', '"episodic_life": True'),
-    ("envs", "b27_rewards_are_signs", "atari", "LearningEnvs(envs)", RECORDS_SIGNS),
+    ("envs", "b27_rewards_are_signs", "atari", "LearningEnvs(envs, sticky)", RECORDS_SIGNS),
     ("rollout", "b28", "discrete", "super().step(actions)", CARRIES_ON),
     ("checkpoint", "b29_evaluation", "continuous", "as_tensor(obs))", "as_tensor(obs), update=True)"),
     ("rollout", "b30", "discrete", "agent.normalize(final_obs)", "final_obs.float()"),
