@@ -289,7 +289,7 @@ def train(args, stop_requested=lambda: False):
 
             # --- 2. rollout: T steps of N environments, across the ends of episodes ---
             rollout_start = time.time()
-            # casts nothing itself; weights that features() cast to bf16 are kept until the outermost one ends
+            # casts nothing itself; while it is open, features() casts its weights to bf16 once, not each step
             with torch.no_grad(), torch.autocast(device.type, enabled=False):
                 for t in range(T):
                     obs[t], actions[t], logprobs[t], values[t] = act(next_obs)
