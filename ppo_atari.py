@@ -191,12 +191,12 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     shapes = {x.shape for x in (newlogprob, entropy, newvalue, logprobs, advantages, returns, values)}
     assert len(shapes) == 1, f"shapes {shapes} would broadcast"
     logratio = newlogprob - logprobs
-    ratio = logratio.exp()  # 1 in an iteration's first minibatch, up to rounding: same weights still
+    ratio = logratio.exp()  # 1 at first in each iteration, up to rounding: the weights have not moved yet
     kl = ratio - 1 - logratio  # estimates KL(old || new): http://joschu.net/blog/kl-approx.html
     if args.norm_adv:  # [core 7] per minibatch, not per batch
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
-    if kl_coef is None:  # [core 8] clipped objective, eq. 7: no gain from moving the ratio any further
+    if kl_coef is None:  # [core 8] clipped objective, eq. 7: no gain from a ratio beyond 1 +- clip_coef
         clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
         pg_loss = -torch.min(advantages * ratio, advantages * clipped_ratio).mean()
     else:  # KL penalty, eq. 8; ratio - 1 has mean 0, so kl estimates what -logratio does, with less noise
@@ -259,7 +259,7 @@ def train(args, stop_requested=lambda: False):
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
     kl_coef = torch.tensor(float(args.kl_penalty_coef), device=device)  # beta of the KL penalty
     global_step = checkpoint["global_step"] if checkpoint else 0
-    next_obs, _ = envs.reset(seed=args.seed + global_step + RANK * N)  # another one after --resume
+    next_obs, _ = envs.reset(seed=args.seed + global_step + RANK * N)  # another seed after --resume
     next_obs = torch.as_tensor(next_obs, device=device)
     if checkpoint:
         restore(checkpoint, agent, optimizer, envs, kl_coef)

@@ -210,7 +210,6 @@ def describe(run, run_dir, script):
         "commit": (run_dir / "commit").read_text(),
         "date": datetime.now(UTC).date().isoformat(),
     }
-    # by name, and last: hardware is the last column
     row |= json.loads((run_dir / "machine.json").read_text())
     every = -(-len(points) // MOST_POINTS)
     curve = [

@@ -229,3 +229,26 @@ def test_speeds_are_shown_where_sb3_was_not_run():
         "1.00 (1.00 to 1.00)",
         "not measured",
     ]
+
+
+def test_a_table_names_the_seeds_that_were_not_run(monkeypatch):
+    """In its last row; a recipe without any row is named as a whole."""
+    import update_docs
+
+    group = update_docs.group_of("layout")
+    one, other, *rest = group
+    kept = [row for row in rows("results") if row["recipe"] in rest]
+    some = [row for row in rows("results") if row["recipe"] == one and row["seed"] == "2"]
+    monkeypatch.setattr(update_docs, "rows_of", lambda name: kept + some if name == "results" else [])
+    *_, last = update_docs.recipes_table("layout")
+    missing = ", ".join(str(seed) for seed in group[one]["seeds"] if seed != 2)
+    assert f"{missing} of `{one}`" in last and f"all of `{other}`" in last
+
+
+def test_tables_of_a_gpu_and_of_a_cpu_are_apart():
+    import update_docs
+
+    for table in (update_docs.speed_table, update_docs.time_table):
+        on_cpu, on_gpu = ("\n".join(table(gpu)) for gpu in (False, True))
+        assert "graphs" in on_gpu and "graphs" not in on_cpu
+        assert "cartpole" in on_cpu and "cartpole" not in on_gpu
