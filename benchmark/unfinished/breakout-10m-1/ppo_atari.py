@@ -1,0 +1,859 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "tyro==1.0.17", "tensorboard==2.21.0",
+#                 "tqdm==4.70.1", "filelock==4.2.12", "moviepy==2.2.1", "ale-py==0.12.1"]
+# ///
+"""PPO for Atari 2600 games from pixels: the whole algorithm in one file.
+
+    python ppo_atari.py --env-id BreakoutNoFrameskip-v4 --seed 1        (--help explains every flag)
+
+Measured: Breakout 21.9, 22.0, 22.4 with --total-timesteps 1000000 (100 evaluated games; seeds 1 to 3; torch
+2.13, one core of an AMD EPYC). PPO comes first, then environments, then what runs it.
+
+Papers: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02438. Tags like [core 5] number
+details of https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details. Unlike CleanRL's file,
+  ours 1  a time limit does not end the task: the return goes on with V of the final observation;
+  ours 2  environments reset within the step that ends an episode, so the batch has no dummy steps;
+  ours 3  --target-kl is checked before each optimiser step, not after each epoch;
+  ours 4  logged losses are means over all minibatches of an iteration;
+  ours 5  a run whose numbers become nan or infinite stops before it saves them.
+Shapes: T num_steps, N num_envs, B = T * N the batch, M a minibatch. dones[t], (N,), is 1 where action t ended
+the episode; CleanRL keeps that in dones[t + 1].
+"""
+
+import ctypes
+import dataclasses
+import difflib
+import math
+import os
+import random
+import shlex
+import signal
+import sys
+import time
+import zipfile
+from contextlib import closing, contextmanager, nullcontext, suppress
+from importlib import import_module, util
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal, get_args
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from filelock import FileLock, Timeout
+from torch import distributed, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclasses.dataclass
+class Args:
+    # --- PPO ---
+    total_timesteps: int = 10_000_000  # steps (of 4 frames) of all games, rounded down to whole iterations
+    learning_rate: float = 2.5e-4  # Adam's step size
+    anneal_lr: bool = True  # lower the learning rate linearly, to learning_rate / iterations at the end
+    num_envs: int = 8  # environments that step together
+    num_steps: int = 128  # steps of each environment per iteration
+    num_minibatches: int = 4  # minibatches per epoch
+    update_epochs: int = 4  # passes over the batch per iteration
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # lambda of GAE; 1: rewards-to-go minus V, 0: one-step TD error
+    norm_adv: bool = True  # normalise advantages in each minibatch
+    clip_coef: float = 0.1  # epsilon of the clipped objective and of the value clipping
+    clip_vloss: bool = True  # clip the value loss (as openai/baselines does, not in the paper)
+    ent_coef: float = 0.01  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the value loss, which has a factor 1/2 of its own
+    max_grad_norm: float = 0.5  # limit of the norm of the whole gradient; 0: off
+    target_kl: float = 0.0  # end the iteration's update at an approximate KL above this; 0: off
+    objective: Literal["clip", "kl-penalty"] = "clip"  # what bounds the policy's step
+    kl_penalty_coef: float = 1.0  # kl-penalty: beta at the start; a KL off the target doubles or halves it
+    kl_penalty_target: float = 0.01  # kl-penalty: KL between old and new policy that beta steers to
+
+    # --- network ---
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the CNN; bf16: faster on CPUs with AVX512-BF16, on GPUs
+
+    # --- environment ---
+    env_id: str = "BreakoutNoFrameskip-v4"  # <Game>NoFrameskip-v4; or ALE/<Game>-v5, with sticky actions
+    max_episode_steps: int = 0  # truncate games after so many steps; 0: after 27,000 (108,000 frames)
+
+    # --- this run ---
+    exp_name: str = "ppo_atari"  # part of the run directory's name
+    seed: int = 1  # seed of torch, numpy, Python's random and the environments
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda if there is one, else the CPU
+    num_threads: int = 0  # CPU threads of torch and of the emulators; 0: their choice
+    torch_deterministic: bool = True  # on CUDA: only deterministic cuDNN kernels
+    cuda_graphs: bool = False  # on CUDA: record the policy step and the gradient once, then replay them
+    run_dir: str = ""  # directory to write to; empty: a new runs/<env>__<exp>__<seed>__<time>
+    save_every: int = 50  # iterations between checkpoints; the last iteration always writes one
+    resume: str = ""  # checkpoint.pt, or its directory, to continue with the flags it was started with
+    evaluate: str = ""  # checkpoint.pt, or its directory, to evaluate instead of training
+    eval_episodes: int = 10  # episodes of --evaluate and of the evaluation after training; 0: none
+    deterministic: bool = False  # evaluate the most probable action instead of sampled ones
+    capture_video: bool = False  # write the first evaluated episode to <run_dir>/videos
+    track: bool = False  # also log to Weights & Biases (pip install wandb)
+    wandb_project_name: str = "ppo"  # project for --track
+    wandb_entity: str = ""  # entity (team) for --track; empty: your default one
+
+
+def layer_init(layer, std=2**0.5, bias_const=0.0):
+    """Orthogonal weights with gain std, constant biases [core 2]."""
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.constant_(layer.bias, bias_const)
+    return layer
+
+
+class Agent(nn.Module):
+    """The Nature CNN, whose features a Categorical policy and V share [atari 8]."""
+
+    def __init__(self, observation_space, action_space, args):
+        super().__init__()
+        num_actions = int(action_space.n)
+        self.bf16 = args.precision == "bf16"
+        self.network = nn.Sequential(
+            layer_init(nn.Conv2d(4, 32, 8, stride=4)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(32, 64, 4, stride=2)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(64, 64, 3, stride=1)),
+            nn.ReLU(),
+            nn.Flatten(),
+            layer_init(nn.Linear(64 * 7 * 7, 512)),
+            nn.ReLU(),
+        )
+        self.actor = layer_init(nn.Linear(512, num_actions), std=0.01)  # 0.01: almost uniform at first
+        self.critic = layer_init(nn.Linear(512, 1), std=1.0)
+        self.shapes = observation_space.shape, num_actions  # for checkpoints, which hold plain values only
+
+    def normalize(self, raw_obs, update=False):
+        """The frames themselves: buffers keep them as uint8, a quarter of float32; features() scales them."""
+        return raw_obs
+
+    def features(self, obs):
+        """(N, 4, 84, 84) uint8 -> (N, 512) float32. Heads and loss stay in float32 whatever the precision."""
+        x = obs.contiguous(memory_format=torch.channels_last)  # convolutions are faster on it
+        x = x.to(torch.bfloat16 if self.bf16 else torch.float32).div_(255)  # [atari 9]
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.network(x).float()
+
+    def get_value(self, obs):
+        """V, (N,), of frames (N, 4, 84, 84)."""
+        return self.critic(self.features(obs)).squeeze(-1)
+
+    def get_action_and_value(self, obs, action=None, deterministic=False):
+        """Action (given, sampled or most probable), its log-probability, the policy's entropy, V: (N,) each.
+        obs: (N, 4, 84, 84) uint8."""
+        features = self.features(obs)
+        logprobs = self.actor(features).log_softmax(-1)  # (N, actions)
+        if action is None and deterministic:
+            action = logprobs.argmax(-1)
+        elif action is None:  # Gumbel-max trick: the argmax of logprobs + Gumbel noise is a sample
+            exponential = torch.empty_like(logprobs).exponential_()
+            action = (logprobs - exponential.log()).argmax(-1)  # -log of Exp(1) is Gumbel noise
+        logprob = logprobs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return action, logprob, entropy, self.critic(features).squeeze(-1)
+
+    def act(self, raw_obs):
+        """One step of the rollout: returns a row of each buffer."""
+        obs = self.normalize(raw_obs, update=True)
+        action, logprob, _, value = self.get_action_and_value(obs)
+        return obs, action, logprob, value
+
+
+def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
+    """Generalised advantage estimation [core 5], PPO paper eq. 11 and 12: (advantages, returns), (T, N) each.
+
+    rewards, values, dones: (T, N). dones[t] is 1 where action t ended the episode. If it was truncated,
+    rewards[t] already contains gamma * V(final observation). next_value: (N,), V after the last step.
+    """
+    nonterminal = 1.0 - dones.to(values.dtype)  # 0 where the episode ended: the next row is of another one
+    next_values = torch.cat([values[1:], next_value.unsqueeze(0)])  # (T, N)
+    deltas = rewards + gamma * next_values * nonterminal - values  # eq. 12
+    decays = gamma * gae_lambda * nonterminal
+    advantages = torch.empty_like(deltas)
+    lastgaelam = torch.zeros_like(next_value)
+    for t in reversed(range(len(rewards))):  # eq. 11 as a recursion
+        lastgaelam = deltas[t] + decays[t] * lastgaelam
+        advantages[t] = lastgaelam
+    return advantages, advantages + values
+
+
+def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, values, args, kl_coef=None):
+    """Loss to minimise, minus eq. 9 of the PPO paper, and a dict of detached scalars. All tensors: (M,).
+
+    newlogprob, entropy, newvalue: of the current weights; logprobs, values: of the weights that made the
+    rollout. args: anything with clip_coef, clip_vloss, ent_coef, vf_coef, norm_adv. kl_coef: beta of the KL
+    penalty, None for the clipped objective.
+    """
+    shapes = {x.shape for x in (newlogprob, entropy, newvalue, logprobs, advantages, returns, values)}
+    assert len(shapes) == 1, f"shapes {shapes} would broadcast"
+    logratio = newlogprob - logprobs
+    ratio = logratio.exp()  # 1 at first in each iteration, up to rounding: the weights have not moved yet
+    kl = ratio - 1 - logratio  # estimates KL(old || new): http://joschu.net/blog/kl-approx.html
+    if args.norm_adv:  # [core 7] per minibatch, not per batch
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+    if kl_coef is None:  # [core 8] clipped objective, eq. 7: no gain from a ratio beyond 1 +- clip_coef
+        clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        pg_loss = -torch.min(advantages * ratio, advantages * clipped_ratio).mean()
+    else:  # KL penalty, eq. 8; ratio - 1 has mean 0, so kl estimates what -logratio does, with less noise
+        pg_loss = (-advantages * ratio + kl_coef * kl).mean()
+
+    v_error = (newvalue - returns) ** 2
+    if args.clip_vloss:  # [core 9] the larger error: of V, or of V within clip_coef of its old value
+        clipped_value = values + (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
+        v_error = torch.max(v_error, (clipped_value - returns) ** 2)
+    v_loss = 0.5 * v_error.mean()
+    entropy_loss = entropy.mean()
+    loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss  # [core 10] minus eq. 9
+
+    stats = {  # [core 12]
+        "pg_loss": pg_loss.detach(),
+        "v_loss": v_loss.detach(),
+        "entropy": entropy_loss.detach(),
+        "old_approx_kl": (-logratio).mean().detach(),  # the plain estimate: noisier, may be negative
+        "approx_kl": kl.mean().detach(),
+        "clipfrac": ((ratio - 1).abs() > args.clip_coef).to(ratio.dtype).mean(),
+    }
+    return loss, stats
+
+
+def compute_gradients(agent, batch, mb_inds, args, kl_coef):
+    """Put the clipped gradient of the loss into .grad; return the stats. mb_inds, (M,): rows of the batch."""
+    mb = {name: x.index_select(0, mb_inds) for name, x in batch.items()}  # (M, ...), faster than x[mb_inds]
+    _, newlogprob, entropy, newvalue = agent.get_action_and_value(mb["obs"], mb["actions"])
+    beta = kl_coef if args.objective == "kl-penalty" else None
+    rollout = {name: mb[name] for name in ("logprobs", "advantages", "returns", "values")}
+    loss, stats = ppo_loss(newlogprob, entropy, newvalue, **rollout, args=args, kl_coef=beta)
+    loss.backward()
+    max_norm = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
+    # [core 11] one norm over policy and V; foreach=False: torch.compile takes it whole
+    stats["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), max_norm, foreach=False)
+    return stats
+
+
+def train(args, stop_requested=lambda: False):
+    """Train an agent and return a dict: episodic_return, global_step, run_dir, agent.
+
+    episodic_return is the mean of the last up to 100 raw returns, nan if no episode ended.
+    stop_requested() is asked once per iteration: True saves a checkpoint and ends the run.
+    With args.resume and no run_dir, arguments left at their default are taken from the checkpoint.
+    Raises UsageError (a ValueError) before anything is written; FloatingPointError for nan or infinity.
+    """
+    args, checkpoint = prepare(args)  # checks and seeds; checkpoint: what --resume continues, or None
+    run_dir = Path(args.run_dir)
+    T, N = args.num_steps, args.num_envs // WORLD_SIZE  # N, M: of this process, if torchrun started several
+    B = T * args.num_envs
+    M = T * N // args.num_minibatches
+    num_iterations = args.total_timesteps // B
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(best if args.device == "auto" else args.device)
+    keep_freed_memory(device)
+    if WORLD_SIZE > 1 and device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    envs = make_envs(args, N)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
+    kl_coef = torch.tensor(float(args.kl_penalty_coef), device=device)  # beta of the KL penalty
+    global_step = checkpoint["global_step"] if checkpoint else 0
+    next_obs, _ = envs.reset(seed=args.seed + global_step + RANK * N)  # another seed after --resume
+    next_obs = torch.as_tensor(next_obs, device=device)
+    if checkpoint:
+        restore(checkpoint, agent, optimizer, envs, kl_coef)
+    if WORLD_SIZE > 1:
+        join_processes(agent, args.seed + global_step + RANK * N, device)
+
+    obs = torch.zeros((T, N, *envs.single_observation_space.shape), dtype=torch.uint8, device=device)
+    actions = torch.zeros((T, N, *envs.single_action_space.shape), dtype=torch.int64, device=device)
+    logprobs = torch.zeros((T, N), device=device)
+    values = torch.zeros((T, N), device=device)
+    rewards = np.zeros((T, N), np.float32)  # rewards and dones come from the environments: numpy
+    dones = np.zeros((T, N), np.float32)
+    act, backward = agent.act, compute_gradients  # --cuda-graphs and torchrun replace these
+    if args.cuda_graphs and device.type == "cuda":
+        act, backward = captured(act, agent), captured(backward, agent)
+    if WORLD_SIZE > 1:
+        backward = averaged(backward, args)
+
+    start_step, start_time, mean_return = global_step, time.time(), math.nan
+    log = open_log(args, run_dir, global_step, device) if RANK == 0 else nullcontext((None, None))
+    with closing(envs), log as (writer, bar):
+        for iteration in range(global_step // B + 1, num_iterations + 1):
+            # --- 1. learning rate: from learning_rate down to learning_rate / num_iterations [core 4] ---
+            if args.anneal_lr:
+                fraction_left = 1 - (iteration - 1) / num_iterations
+                optimizer.param_groups[0]["lr"] = fraction_left * args.learning_rate
+
+            # --- 2. rollout: T steps of N environments, across the ends of episodes ---
+            rollout_start = time.time()
+            # casts nothing itself; while it is open, features() casts its weights to bf16 once, not each step
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                for t in range(T):
+                    obs[t], actions[t], logprobs[t], values[t] = act(next_obs)
+                    next_obs, rewards[t], terminated, truncated, infos = envs.step(actions[t].cpu().numpy())
+                    dones[t] = terminated | truncated
+                    time_limit = truncated & ~terminated  # (N,)
+                    if time_limit.any():  # [ours 1] the task would go on: add the value of what was cut off
+                        final_obs = torch.as_tensor(np.stack(infos["final_obs"][time_limit]), device=device)
+                        final_values = agent.get_value(agent.normalize(final_obs))
+                        rewards[t, time_limit] += args.gamma * final_values.cpu().numpy()
+                    next_obs = torch.as_tensor(next_obs, device=device)  # where done: of the next episode
+                next_value = agent.get_value(agent.normalize(next_obs))  # (N,)
+            global_step += B
+
+            # --- 3. advantages ---
+            update_start = time.time()
+            rewards_on_device = torch.as_tensor(rewards, device=device)  # (T, N)
+            dones_on_device = torch.as_tensor(dones, device=device)
+            advantages, returns = compute_gae(
+                rewards_on_device, values, dones_on_device, next_value, args.gamma, args.gae_lambda
+            )
+
+            # --- 4. update: every epoch visits the batch in a new order, in equal minibatches [core 6] ---
+            batch = {"obs": obs, "actions": actions, "logprobs": logprobs, "values": values}
+            batch |= {"advantages": advantages, "returns": returns}
+            batch = {name: x.flatten(0, 1) for name, x in batch.items()}  # (B, ...)
+            updates = []  # the stats of each optimiser step
+            kl_exceeded = False
+            for _ in range(args.update_epochs):
+                for mb_inds in torch.randperm(T * N, device=device).split(M):  # (M,)
+                    optimizer.zero_grad()
+                    stats = backward(agent, batch, mb_inds, args, kl_coef)  # compute_gradients
+                    # [ours 3] earlier steps went too far: drop this gradient (but the first is always taken)
+                    if args.target_kl > 0 and len(updates) > 0 and stats["approx_kl"] > args.target_kl:
+                        kl_exceeded = True
+                        break
+                    optimizer.step()
+                    updates.append(torch.stack(list(stats.values())))
+                if kl_exceeded:
+                    break
+            charts = {"learning_rate": optimizer.param_groups[0]["lr"], "updates": len(updates)}
+            if args.objective == "kl-penalty":
+                charts["kl_coef"] = kl_coef.item()
+                charts["kl"] = adapt_kl_coef(kl_coef, agent, batch, args.kl_penalty_target)
+
+            # --- 5. logs and checkpoint: no part of the algorithm; losses are means [ours 4] ---
+            losses = dict(zip(stats, torch.stack(updates).mean(0).tolist(), strict=True))
+            now = time.time()
+            charts["SPS"] = (global_step - start_step) / (now - start_time)
+            charts["SPS_rollout"] = B / (update_start - rollout_start)
+            charts["SPS_update"] = B / (now - update_start)
+            check_finite(args, losses, agent, obs, rewards, global_step)  # [ours 5] before it is saved
+            losses["explained_variance"] = math.nan
+            if returns.var() > 0:
+                losses["explained_variance"] = 1 - (returns - values).var() / returns.var()
+            episodes, stop = envs, stop_requested()
+            if WORLD_SIZE > 1:
+                episodes, stop = merged(envs, stop, kl_coef)
+            last_iteration = iteration == num_iterations or stop
+            if RANK == 0 and (iteration % args.save_every == 0 or last_iteration):
+                save_checkpoint(args, iteration, agent, optimizer, envs, kl_coef)
+            if RANK == 0:
+                mean_return = write_log(writer, bar, charts, losses, episodes, global_step, B)
+            if last_iteration:
+                break
+    return {"episodic_return": mean_return, "global_step": global_step, "run_dir": run_dir, "agent": agent}
+
+
+@torch.no_grad()
+def adapt_kl_coef(kl_coef, agent, batch, target):
+    """Set beta for the next update, PPO paper, section 4; return KL(old || new) of this one."""
+    _, newlogprob, _, _ = agent.get_action_and_value(batch["obs"], batch["actions"])
+    logratio = newlogprob - batch["logprobs"]
+    kl = (logratio.exp() - 1 - logratio).mean().item()  # the estimate of ppo_loss, on the whole batch
+    if kl > 1.5 * target:
+        kl_coef.mul_(2)
+    elif kl < target / 1.5:
+        kl_coef.div_(2)
+    kl_coef.clamp_(1e-6, 1e6)  # in float32, 150 halvings in a row would make it 0 for good
+    return kl
+
+
+# ---------------------------------------- the environments ----------------------------------------
+
+
+class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
+    """Records raw returns of whole games; hands the agent signs of rewards, and a lost life as terminated."""
+
+    def __init__(self, envs, sticky=0.0):
+        super().__init__(envs)
+        buttons = envs.unwrapped.ale.get_action_set()
+        self.fire = buttons.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in buttons else None
+        self.sticky = sticky > 0  # the emulator's FIRE at the start of a game may get lost then
+
+    def reset(self, **kwargs):
+        obs, infos = super().reset(**kwargs)
+        self.lives = infos["lives"]
+        self.press_fire = np.full(self.num_envs, self.sticky)  # (N,) in the next step
+        return obs, infos
+
+    def step(self, actions):
+        if self.fire is not None:  # [atari 4] the game gets FIRE, while the buffer keeps the agent's action
+            actions = np.where(self.press_fire, self.fire, actions)
+        obs, rewards, terminated, truncated, infos = super().step(actions)
+        fewer = (infos["lives"] < self.lives) & (infos["lives"] > 0)
+        game_over = terminated | truncated  # infos["lives"] are those of the next game then
+        life_lost = fewer & ~game_over
+        self.press_fire = life_lost | (game_over & self.sticky)
+        self.lives = infos["lives"]
+        return obs, np.sign(rewards), terminated | life_lost, truncated, infos  # [atari 3] [atari 6]
+
+
+class RecordColour(gym.vector.VectorWrapper):
+    """Films the first game: since the agent's frames are small and grey, a second emulator plays along."""
+
+    def __init__(self, envs, colour_envs, folder):
+        super().__init__(envs)
+        self.colour_envs, self.folder = colour_envs, folder
+        self.frames, self.filming = [], True
+
+    def reset(self, **kwargs):
+        self.colour_envs.reset(**kwargs)
+        return super().reset(**kwargs)
+
+    def step(self, actions):
+        obs, rewards, terminated, truncated, infos = super().step(actions)
+        if self.filming:
+            frame = self.colour_envs.step(actions[:1])[0][0, -1]  # (210, 160, 3)
+            self.filming = not (terminated[0] or truncated[0])  # then the frame is of the next game
+            if self.filming:
+                self.frames.append(frame)
+        return obs, rewards, terminated, truncated, infos
+
+    def close(self, **kwargs):
+        if self.frames:
+            from gymnasium.utils.save_video import save_video  # wants moviepy, which only films need
+
+            save_video(self.frames, self.folder, fps=15)
+        super().close(**kwargs)
+
+
+def make_envs(args, num_envs, video_folder=None):
+    """num_envs games as one [core 1], the first of them filmed if there is a video_folder. UsageError for a
+    game that is not there."""
+    games = {}  # name: (ROM, probability of sticky actions)
+    for rom in set(ale_py.roms.get_all_rom_ids()) - {"combat", "joust", "maze_craze", "warlords"}:  # for two
+        name = ale_py.registration.rom_id_to_name(rom)
+        games |= {f"{name}NoFrameskip-v4": (rom, 0.0), f"ALE/{name}-v5": (rom, 0.25), rom: (rom, 0.0)}
+    close = " or ".join(difflib.get_close_matches(args.env_id, games, cutoff=0.5)) or "breakout"
+    require(args.env_id in games, f"--env-id {args.env_id}: no Atari game, try {close} (or ppo_discrete.py)")
+    rom, sticky = games[args.env_id]
+    options = {
+        # [ours 2] NEXT_STEP, the default, spends a step of reward 0 on a reset: a row to learn nothing from
+        "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP,
+        "num_threads": args.num_threads,
+        "noop_max": 30,  # [atari 1]
+        "frameskip": 4,  # [atari 2] with the maximum of the last two frames
+        "maxpool": True,
+        "use_fire_reset": True,
+        "repeat_action_probability": sticky,
+        "full_action_space": False,
+        "max_num_frames_per_episode": 4 * args.max_episode_steps if args.max_episode_steps > 0 else 108_000,
+        "episodic_life": False,  # True would reset the game at a lost life
+        "life_loss_info": False,  # True would hide where games end
+        "reward_clipping": False,  # True would hide the raw rewards
+    }
+    small = {"img_height": 84, "img_width": 84, "grayscale": True, "stack_num": 4}  # [atari 5] [atari 7]
+    envs = ale_py.AtariVectorEnv(rom, num_envs, **options, **small)
+    assert envs.autoreset_mode == gym.vector.AutoresetMode.SAME_STEP
+    if video_folder:
+        large = {"img_height": 210, "img_width": 160, "grayscale": False, "stack_num": 1}
+        envs = RecordColour(envs, ale_py.AtariVectorEnv(rom, 1, **options, **large), video_folder)
+    return LearningEnvs(envs, sticky)
+
+
+# ------------------- what runs it: nothing below changes the algorithm -------------------
+
+# set by torchrun, which starts a process per GPU; without it there is one
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
+SCRIPT = "ppo_atari"  # written into checkpoints, so that another script refuses them
+EVALUATION = {"eval_episodes", "deterministic", "capture_video", "num_threads"}
+EVALUATE_MAY_CHANGE = EVALUATION | {"evaluate", "seed", "max_episode_steps"}
+MACHINE = {"device", "cuda_graphs"}
+TRACKING = {"track", "wandb_project_name", "wandb_entity"}
+RESUME_MAY_CHANGE = EVALUATION | MACHINE | TRACKING | {"resume", "total_timesteps", "save_every"}
+COUNTS = {"num_envs", "num_steps", "num_minibatches", "update_epochs", "save_every"}
+LIMITS = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9)} | dict.fromkeys(COUNTS, (1, math.inf))
+
+
+class UsageError(ValueError):
+    """Bad input, in one line that names the flag and the fix; main exits with code 2."""
+
+
+def require(condition, message):
+    if not condition:
+        raise UsageError(" ".join(message.split()))
+
+
+def check_args(args):
+    """UsageError for arguments that cannot work, or that a checkpoint cannot hold: numpy's numbers, paths."""
+    for field in dataclasses.fields(Args):
+        value, kind, choices = getattr(args, field.name), type(field.default), get_args(field.type)
+        flag = f"--{field.name.replace('_', '-')} {value}"
+        plain = type(value) is kind or (type(value) is int and kind is float)
+        require(plain, f"{flag}: use {kind.__name__}, not {type(value).__name__}")
+        numbers = value if kind is tuple else (value,)
+        require(kind is not tuple or all(type(x) is int for x in numbers), f"{flag}: use int in the tuple")
+        low, high = LIMITS.get(field.name, (0, math.inf))
+        for x in numbers:
+            fits = kind is str or (low <= x <= high and math.isfinite(x))
+            require(fits, f"{flag}: use a finite number from {low} to {high}")
+        if kind is str and choices:
+            require(value in choices, f"{flag}: use one of {', '.join(choices)}")
+    shared = f"--num-envs {args.num_envs}: use a multiple of {WORLD_SIZE}, the processes of torchrun"
+    require(args.num_envs % WORLD_SIZE == 0, shared)
+    B, parts = args.num_steps * args.num_envs // WORLD_SIZE, args.num_minibatches  # of one process
+    equal = B % parts == 0 and (B > parts or not args.norm_adv)  # the std of one advantage would be nan
+    share = f"{args.num_envs}" if WORLD_SIZE == 1 else f"{args.num_envs} / {WORLD_SIZE} processes"
+    sizes = f"--num-steps {args.num_steps} x --num-envs {share} = {B} in --num-minibatches {parts}"
+    require(equal, f"{sizes} must give equal parts of 2 or more (of 1 with --no-norm-adv): change one")
+    found = args.device in ("auto", "cpu") or getattr(torch, args.device).is_available()
+    require(found, f"--device {args.device}: torch finds none, use cpu")
+    require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
+    require(not args.capture_video or util.find_spec("moviepy"), "--capture-video: pip install moviepy")
+
+
+def override(saved, args, defaults, may_change):
+    """The saved arguments, but where args differs from defaults. UsageError for what may not change."""
+    given = {name: value for name, value in vars(args).items() if value != getattr(defaults, name)}
+    for name in sorted(given.keys() - may_change):
+        flag, kept = f"--{name.replace('_', '-')} {given[name]}", getattr(saved, name)
+        require(given[name] == kept, f"{flag}: the checkpoint was made with {kept!r}, leave this flag out")
+    return dataclasses.replace(saved, **given)
+
+
+def prepare(args):
+    """Check and seed. Returns the arguments, run_dir filled in, and the checkpoint of --resume or None."""
+    check_args(args)
+    checkpoint, steps_done = None, 0
+    if args.resume:
+        checkpoint = load_checkpoint(args.resume)
+        saved, steps_done = checkpoint["args"], checkpoint["global_step"]
+        # main parses the command line over the saved arguments: run_dir is set, and all of args counts.
+        # Args(resume=...) in Python leaves run_dir empty: what stands at its default there does not count
+        args = override(saved, args, saved if args.run_dir else Args(), RESUME_MAY_CHANGE)
+        check_args(args)
+    least = steps_done + args.num_steps * args.num_envs
+    require(args.total_timesteps >= least, f"--total-timesteps {args.total_timesteps}: use at least {least}")
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}".replace("/", "-")
+    run_dir = Path(args.run_dir if args.run_dir else f"runs/{name}")
+    may_write = checkpoint or not (run_dir / "checkpoint.pt").exists()
+    require(may_write, f"--run-dir {run_dir} holds a checkpoint: name another one, or --resume {run_dir}")
+    blocked = any(path.is_file() for path in (run_dir, *run_dir.parents))
+    require(not blocked, f"--run-dir {run_dir}: a file is in the way, name another one")
+    if args.capture_video:  # what is missing for it shows now, not after the training
+        make_envs(args, 1, str(run_dir / "videos")).close()
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    return dataclasses.replace(args, run_dir=str(run_dir)), checkpoint
+
+
+def keep_freed_memory(device):
+    """Let glibc keep freed memory: to ask the system for it for each minibatch slows updates down."""
+    if sys.platform == "linux" and device.type == "cpu":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give memory back
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
+
+
+def captured(function, agent):
+    """The function as a CUDA graph, which launches all its kernels at once. The first call records it; later
+    calls copy their tensors into those of the first one, and overwrite what the call before returned."""
+    graph, inputs, outputs, gradients = torch.cuda.CUDAGraph(), [], [], []
+
+    def record(args):
+        random_state = torch.cuda.get_rng_state()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries set themselves up in their first calls
+            for _ in range(3):
+                function(*args)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.set_rng_state(random_state)  # as if nothing had been drawn
+        agent.zero_grad()  # so that backward() makes new ones, in the memory of the graph
+        with torch.cuda.graph(graph):
+            outputs.append(function(*args))
+        gradients.extend(x.grad for x in agent.parameters())
+
+    def replay(*args):
+        nested = [x.values() if isinstance(x, dict) else [x] for x in args]
+        tensors = [x for values in nested for x in values if torch.is_tensor(x)]
+        if not inputs:
+            # autocast would cache weights in bf16, and the graph would use these for ever
+            with torch.autocast("cuda", enabled=False, cache_enabled=False):
+                record(args)
+            inputs.extend(tensors)
+        for old, new in zip(inputs, tensors, strict=True):
+            if old.data_ptr() != new.data_ptr():
+                old.copy_(new)
+        graph.replay()
+        for x, gradient in zip(agent.parameters(), gradients, strict=True):
+            x.grad = gradient  # zero_grad() took it away
+        return outputs[0]
+
+    return replay
+
+
+def join_processes(agent, seed, device):
+    """Connect with the other processes of torchrun: the same weights in all, other random numbers in each."""
+    if not distributed.is_initialized():  # train may run again in this process
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    for x in agent.parameters():
+        distributed.broadcast(x.data, src=0)
+    torch.manual_seed(seed)
+
+
+def averaged(backward, args):
+    """backward, but its gradients and stats are means over the processes; clipping comes after that."""
+    unclipped = dataclasses.replace(args, max_grad_norm=0.0)
+    max_norm = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
+
+    def average(agent, batch, mb_inds, args, kl_coef):
+        stats = backward(agent, batch, mb_inds, unclipped, kl_coef)
+        parts = [x.grad for x in agent.parameters()] + list(stats.values())
+        flat = torch.cat([x.flatten() for x in parts])  # one message instead of one per tensor
+        distributed.all_reduce(flat)
+        for x, total in zip(parts, flat.split([x.numel() for x in parts]), strict=True):
+            x.copy_(total.view_as(x) / WORLD_SIZE)
+        stats["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), max_norm, foreach=False)
+        return stats
+
+    return average
+
+
+def merged(envs, stop, kl_coef):
+    """The last episodes of all processes; whether one of them has to stop. beta becomes that of rank 0."""
+    distributed.broadcast(kl_coef, src=0)
+    found = [None] * WORLD_SIZE
+    distributed.all_gather_object(found, (envs.return_queue, envs.length_queue, stop))
+    returns, lengths, stops = zip(*found, strict=True)
+    queues = {"return_queue": np.concatenate(returns), "length_queue": np.concatenate(lengths)}
+    return SimpleNamespace(**queues), any(stops)
+
+
+def save_checkpoint(args, iteration, agent, optimizer, envs, kl_coef):
+    """Write run_dir/checkpoint.pt: what resuming and evaluating need, as tensors and plain values only."""
+    cuda = torch.cuda.is_initialized()  # asking for its random state would start CUDA in a run on the CPU
+    checkpoint = {
+        "script": SCRIPT,
+        "args": vars(args) | {"resume": ""},
+        "iteration": iteration,
+        "global_step": iteration * args.num_steps * args.num_envs,
+        "shapes": agent.shapes,
+        "agent": agent.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "kl_coef": kl_coef.item(),
+        "python_rng": random.getstate(),
+        "numpy_rng": [np.asarray(x).tolist() for x in np.random.get_state()],
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if cuda else [],
+    }
+    path = Path(args.run_dir, "checkpoint.pt")
+    temporary = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
+        with temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk, before it takes the place of the one before
+        temporary.replace(path)  # a crash leaves the old file or the new one, never half of one
+    except (OSError, RuntimeError) as error:  # torch has a RuntimeError for a full disk
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: not written; an older one, if any, is kept: --resume it ({error})") from error
+
+
+def restore(checkpoint, agent, optimizer, envs, kl_coef):
+    """Set everything as save_checkpoint found it, except that the environments have begun new episodes."""
+    agent.load_state_dict(checkpoint["agent"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    if checkpoint.get("kl_coef") is not None:  # None, or no such key, in older checkpoints
+        kl_coef.fill_(checkpoint["kl_coef"])
+    random.setstate(checkpoint["python_rng"])
+    np.random.set_state(checkpoint["numpy_rng"])
+    torch.set_rng_state(checkpoint["torch_rng"])
+    torch.cuda.set_rng_state_all(checkpoint["cuda_rng"][: torch.cuda.device_count()])
+
+
+def load_checkpoint(path):
+    """What save_checkpoint wrote to path or path/checkpoint.pt; "args" as Args, the Agent as "trained"."""
+    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+    name = f"--resume or --evaluate {path}"
+    require(path.is_file(), f"{name}: no such file, name the directory of a run or its checkpoint.pt")
+    try:
+        if zipfile.ZipFile(path).testzip() is not None:  # torch.load does not compare the checksums
+            raise ValueError("its checksums differ")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
+        script = checkpoint["script"]
+    except Exception as error:  # torch.load does not say what a damaged file raises
+        raise UsageError(f"{name}: no checkpoint, or a damaged one ({error!r:.200})") from error
+    require(script == SCRIPT, f"{name}: written by {script}.py, use that script")
+    try:
+        saved = {key: value for key, value in checkpoint["args"].items() if value is not None}
+        saved.pop("compile", None)  # in older checkpoints, as is precision "auto"
+        saved["precision"] = saved["precision"].replace("auto", "fp32")
+        args = Args(**saved | {"run_dir": str(path.parent)})
+        obs_shape, num_actions = checkpoint["shapes"]
+        observation_space = gym.spaces.Box(0, 255, obs_shape, np.uint8)
+        agent = Agent(observation_space, gym.spaces.Discrete(num_actions), args)
+        agent.load_state_dict(checkpoint["agent"])
+    except Exception as error:  # Args or Agent have changed since
+        raise UsageError(f"{name}: does not fit Args or Agent of this script ({error!r:.200})") from error
+    return checkpoint | {"args": args, "trained": agent.eval().requires_grad_(False)}
+
+
+def load_agent(checkpoint):
+    """The Agent of a checkpoint.pt, on the CPU, ready to act. UsageError (a ValueError) if there is none."""
+    return load_checkpoint(checkpoint)["trained"]
+
+
+@torch.no_grad()
+def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=10**6, capture_video=False, **changes):
+    """Raw returns of num_episodes whole episodes, (num_episodes,), played on the CPU. Seeds torch.
+
+    changes: arguments that shall differ from the saved ones, such as max_episode_steps.
+    Raises UsageError for bad input and for an episode that does not end.
+    """
+    require(num_episodes > 0, f"--eval-episodes {num_episodes}: use 1 or more")
+    saved, returns = load_checkpoint(checkpoint), []
+    args, agent = dataclasses.replace(saved["args"], **changes), saved["trained"]
+    folder = f"{args.run_dir}/videos/step-{saved['global_step']}-seed-{seed}"
+    torch.manual_seed(seed)
+    with closing(make_envs(args, 1, folder if capture_video else None)) as envs:
+        obs, _ = envs.reset(seed=seed)
+        for _ in tqdm(range(num_episodes), unit="episode"):
+            infos = {}
+            while "episode" not in infos:
+                obs = agent.normalize(torch.as_tensor(obs))
+                action, *_ = agent.get_action_and_value(obs, deterministic=deterministic)
+                obs, _, _, _, infos = envs.step(action.numpy())
+                endless = envs.episode_lengths[0] > max(100_000, args.max_episode_steps)
+                require(not endless, "evaluation: an episode does not end, cut it: --max-episode-steps 1000")
+            returns.append(infos["episode"]["r"][0])
+    return np.array(returns)
+
+
+def check_finite(args, losses, agent, obs, rewards, global_step):
+    """FloatingPointError if something that the training rests on is nan or infinite."""
+    weights = sum(x.sum() for x in agent.state_dict().values())
+    sums = losses | {"observations": obs.sum(), "rewards": rewards.sum(), "weights": weights}
+    broken = [name for name, number in sums.items() if not math.isfinite(number)]
+    fix = f"look at --env-id {args.env_id} or lower --learning-rate {args.learning_rate}; not saved"
+    if broken:
+        raise FloatingPointError(f"nan or infinity in {', '.join(broken)} by step {global_step}: {fix}")
+
+
+@contextmanager
+def open_log(args, run_dir, global_step, device):
+    """Create the run directory, start Weights & Biases on request; yield TensorBoard's writer, the bar."""
+    B = args.num_steps * args.num_envs
+    iterations = args.total_timesteps // B
+    lock = FileLock(run_dir / ".lock", blocking=False)  # the system releases it when the process ends
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UsageError(f"--run-dir {run_dir}: another run writes to it, name another one") from error
+    except OSError as error:
+        raise UsageError(f"--run-dir {run_dir}: {error.strerror}, name another one") from error
+    if args.track:
+        owner = {"project": args.wandb_project_name, "entity": args.wandb_entity or None}
+        import_module("wandb").init(**owner, name=run_dir.name, config=vars(args), sync_tensorboard=True)
+    print(f"{run_dir}: {iterations} iterations of {B} steps = {iterations * B:,} on {device}")
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if global_step > 0 else None)
+    writer.add_text("hyperparameters", "  \n".join(f"{name}: {value}" for name, value in vars(args).items()))
+    try:
+        with lock, tqdm(total=iterations * B, initial=global_step, unit="step", unit_scale=True) as bar:
+            yield writer, bar
+    finally:
+        with suppress(OSError):
+            writer.close()
+
+
+def write_log(writer, bar, charts, losses, envs, global_step, steps):
+    """A point of each curve, and the progress bar; returns the mean of the last up to 100 raw returns."""
+    mean_return = math.nan
+    if len(envs.return_queue) > 0:
+        charts["episodic_return"] = mean_return = float(np.mean(envs.return_queue))
+        charts["episodic_length"] = np.mean(envs.length_queue)
+    losses["policy_loss"], losses["value_loss"] = losses.pop("pg_loss"), losses.pop("v_loss")
+    missing = ""
+    try:
+        for group, curves in {"charts": charts, "losses": losses}.items():
+            for name, value in curves.items():
+                writer.add_scalar(f"{group}/{name}", value, global_step)
+    except OSError as error:  # a full disk, say, takes points of the curves, but not the training
+        missing = f", not logged: {error.strerror}"
+    bar.set_postfix_str(f"return {mean_return:.1f}{missing}", refresh=False)
+    bar.update(steps)
+    return mean_return
+
+
+def main():
+    """The command line. Exit codes: 2 bad input, 1 nan or disk error, 130 and 143 stopped by a signal."""
+    received, command = [], f"python {sys.argv[0]}"
+
+    def on_signal(number, frame):  # the first one ends the iteration, a second one the process
+        received.append(number)
+        # under torchrun it may come twice: from the terminal, and handed on by torchrun
+        signal.signal(number, signal.SIG_DFL if WORLD_SIZE == 1 else signal.SIG_IGN)
+
+    args = tyro.cli(Args)
+    try:
+        checkpoint = args.evaluate
+        if args.evaluate:  # parse again over the saved arguments: what differs from them was typed
+            own = EVALUATION | MACHINE | {"seed", "track"}  # not taken from the training
+            at_default = {name: getattr(Args, name) for name in own}
+            saved = dataclasses.replace(load_checkpoint(args.evaluate)["args"], **at_default)
+            args = override(saved, tyro.cli(Args, default=saved), saved, EVALUATE_MAY_CHANGE)
+        elif args.resume:
+            args = tyro.cli(Args, default=load_checkpoint(args.resume)["args"])
+        check_args(args)
+        torch.set_num_threads(args.num_threads if args.num_threads > 0 else torch.get_num_threads())
+        if not checkpoint:
+            signal.signal(signal.SIGINT, on_signal)
+            signal.signal(signal.SIGTERM, on_signal)
+            checkpoint = train(args, stop_requested=lambda: bool(received))["run_dir"] / "checkpoint.pt"
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
+            if received:
+                path = shlex.quote(str(checkpoint))
+                if RANK == 0:
+                    print(f"stopped by signal {received[0]}, go on with: {command} --resume {path}")
+                sys.exit(128 + received[0])
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if RANK > 0:
+                return
+        if args.evaluate or args.eval_episodes > 0:
+            how = args.deterministic, 10**6 + args.seed, args.capture_video
+            returns = evaluate(checkpoint, args.eval_episodes, *how, max_episode_steps=args.max_episode_steps)
+            means = np.random.default_rng(0).choice(returns, (10_000, len(returns))).mean(1)  # bootstrap
+            low, high = np.percentile(means, [2.5, 97.5])
+            kind = f"{len(returns)} {'deterministic' if args.deterministic else 'sampled'} episodes"
+            print(f"{returns.mean():.1f}: mean return of {kind}, 95 % interval {low:.1f} to {high:.1f}")
+        saved, path = load_checkpoint(checkpoint), shlex.quote(str(checkpoint))
+        print(f"evaluate it: {command} --evaluate {path} --eval-episodes 100 --capture-video")
+        print(f"train on:    {command} --resume {path} --total-timesteps {2 * saved['global_step']}")
+        print(f"look at it:  tensorboard --logdir {shlex.quote(saved['args'].run_dir)} (and its videos/)")
+    except (UsageError, FloatingPointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except Exception as error:
+        if distributed.is_initialized() and isinstance(error, RuntimeError):
+            cause = f"process {RANK} stops, another one may be gone ({error!s:.200})"
+            sys.exit(f"error: {cause}; go on from the newest checkpoint: torchrun ... --resume")
+        if not received:
+            raise
+        print(f"stopped by signal {received[0]} ({error!r:.100}), not saved", file=sys.stderr)
+        sys.exit(128 + received[0])
+
+
+if __name__ == "__main__":
+    main()
