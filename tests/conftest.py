@@ -1,5 +1,6 @@
 """What all tests share. They call the shipped functions; PPO_SCRIPTS=<folder> points them at another copy."""
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -31,7 +32,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
 torch.set_num_threads(1)
 
 REAL = {"ppo_discrete": "CartPole-v1", "ppo_continuous": "Pendulum-v1", "ppo_atari": "BreakoutNoFrameskip-v4"}
-STUBS = {"ppo_discrete": "stub_envs:{}-v0", "ppo_continuous": "stub_envs:{}Box-v0", "ppo_atari": "pong"}
+STUBS = {"ppo_discrete": "stub_envs:{}-v0", "ppo_continuous": "stub_envs:{}Box-v0", "ppo_atari": "PongNoFrameskip-v4"}
 GAMES = stub_envs.STORIES | {"Stateless": None}
 
 
@@ -126,7 +127,8 @@ def train(play):
 
 def resume(script, result, stop_requested=lambda: False, **flags):
     """Go on with the flags of the first run, but those given."""
-    return script.train(script.Args(resume=str(result["run_dir"]), **flags), stop_requested)
+    args = script.load_checkpoint(result["run_dir"])["args"]
+    return script.train(dataclasses.replace(args, resume=str(result["run_dir"]), **flags), stop_requested)
 
 
 @pytest.fixture
