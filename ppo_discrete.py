@@ -1,17 +1,15 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "tyro==1.0.17", "tensorboard==2.21.0",
-#                 "tqdm==4.70.1", "filelock==4.2.12", "moviepy==2.2.1", "pygame-ce==2.5.8"]
+#                 "tqdm==4.70.1", "moviepy==2.2.1", "pygame-ce==2.5.8"]
 # ///
 """PPO for discrete actions and vector observations: the whole algorithm in one file.
 
     python ppo_discrete.py --env-id CartPole-v1 --seed 1        (--help explains every flag)
 
 Measured: CartPole-v1 500.0 after 500,000 steps (100 evaluated episodes; seeds 1 to 5 alike; torch 2.13, one
-core of an AMD EPYC). PPO comes first, then environments, then what runs it.
-
-Papers: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02438. Tags like [core 5] number
-details of https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details. Unlike CleanRL's file,
+core of an AMD EPYC). PPO comes first, then environments, then what runs it. Tags like [core 5] number details
+of https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details. Unlike CleanRL's file,
   ours 1  a time limit does not end the task: the return goes on with V of the final observation;
   ours 2  environments reset within the step that ends an episode, so the batch has no dummy steps;
   ours 3  --target-kl is checked before each optimiser step, not after each epoch;
@@ -25,24 +23,21 @@ the episode; CleanRL keeps that in dones[t + 1].
 import dataclasses
 import math
 import multiprocessing
-import os
 import random
 import shlex
 import signal
 import sys
-import threading
 import time
-import zipfile
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
+from functools import partial
 from importlib import import_module, util
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from filelock import FileLock, Timeout
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -51,51 +46,51 @@ from tqdm import tqdm
 @dataclasses.dataclass
 class Args:
     # --- PPO ---
-    total_timesteps: int = 500_000  # steps of all environments together, rounded down to whole iterations
+    total_timesteps: int = 500_000  # of all environments together
     learning_rate: float = 2.5e-4  # Adam's step size
-    anneal_lr: bool = True  # lower the learning rate linearly, to learning_rate / iterations at the end
+    anneal_lr: bool = True  # lower the learning rate linearly, almost to 0 at the end
     num_envs: int = 4  # environments that step together
     num_steps: int = 128  # steps of each environment per iteration
     num_minibatches: int = 4  # minibatches per epoch
     update_epochs: int = 4  # passes over the batch per iteration
     gamma: float = 0.99  # discount factor
-    gae_lambda: float = 0.95  # lambda of GAE; 1: rewards-to-go minus V, 0: one-step TD error
+    gae_lambda: float = 0.95  # lambda of GAE; 1: rewards-to-go minus V, 0: TD error
     norm_adv: bool = True  # normalise advantages in each minibatch
-    clip_coef: float = 0.2  # epsilon of the clipped objective and of the value clipping
-    clip_vloss: bool = True  # clip the value loss (as openai/baselines does, not in the paper)
+    clip_coef: float = 0.2  # epsilon of the clipped objective and values
+    clip_vloss: bool = True  # clip the value loss too (baselines; not in the paper)
     ent_coef: float = 0.01  # weight of the entropy bonus
-    vf_coef: float = 0.5  # weight of the value loss, which has a factor 1/2 of its own
-    max_grad_norm: float = 0.5  # limit of the norm of the whole gradient; 0: off
-    target_kl: float = 0.0  # end the iteration's update at an approximate KL above this; 0: off
+    vf_coef: float = 0.5  # weight of the value loss, which has its own 1/2
+    max_grad_norm: float = 0.5  # limit of the gradient's norm; 0: off
+    target_kl: float = 0.0  # end an update at an approximate KL above this; 0: off
     objective: Literal["clip", "kl-penalty"] = "clip"  # what bounds the policy's step
-    kl_penalty_coef: float = 1.0  # kl-penalty: beta at the start; a KL off the target doubles or halves it
-    kl_penalty_target: float = 0.01  # kl-penalty: KL between old and new policy that beta steers to
+    kl_penalty_coef: float = 1.0  # kl-penalty: coefficient at the start; it adapts
+    kl_penalty_target: float = 0.01  # kl-penalty: KL(old || new) it steers to
 
     # --- network ---
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers, actor and critic alike
     activation: Literal["tanh", "relu", "elu", "gelu"] = "tanh"  # after each hidden layer
-    norm_obs: bool = False  # normalise observations by their running mean and std, clip them to 10
+    norm_obs: bool = False  # by their running mean and std, clipped to [-10, 10]
 
     # --- environment ---
-    env_id: str = "CartPole-v1"  # gymnasium id; package:Env-v0 imports package first, to reach your own
-    max_episode_steps: int = 0  # truncate episodes after so many steps; 0: the environment's own limit
-    vectorization: Literal["sync", "async"] = "sync"  # async: a process each, for steps above 1 ms
-    norm_reward: bool = False  # divide rewards by the running std of the discounted return, clip them to 10
+    env_id: str = "CartPole-v1"  # gymnasium id; package:Env-v0 imports package first
+    max_episode_steps: int = 0  # time limit in place of the environment's own; 0: its own
+    vectorization: Literal["sync", "async"] = "sync"  # async: a process each
+    norm_reward: bool = False  # by the running std of the discounted return, clipped
 
     # --- this run ---
     exp_name: str = "ppo_discrete"  # part of the run directory's name
-    seed: int = 1  # seed of torch, numpy, Python's random and the environments
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the CPU
+    seed: int = 1  # of torch, numpy, random and the environments
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cpu, faster for small nets
     num_threads: int = 1  # CPU threads of torch; 0: torch's choice
     torch_deterministic: bool = True  # on CUDA: only deterministic cuDNN kernels
-    compile: bool = False  # torch.compile: starts 5 to 20 s later, then runs faster
-    run_dir: str = ""  # directory to write to; empty: a new runs/<env>__<exp>__<seed>__<time>
-    save_every: int = 50  # iterations between checkpoints; the last iteration always writes one
-    resume: str = ""  # checkpoint.pt, or its directory, to continue with the flags it was started with
-    evaluate: str = ""  # checkpoint.pt, or its directory, to evaluate instead of training
-    eval_episodes: int = 10  # episodes of --evaluate and of the evaluation after training; 0: none
-    deterministic: bool = False  # evaluate the most probable action instead of sampled ones
-    capture_video: bool = False  # write the first evaluated episode to <run_dir>/videos
+    compile: bool = False  # torch.compile, needs g++: a later start, then faster
+    run_dir: str = ""  # where to write; empty: runs/<env>__<exp>__<seed>__<time>
+    save_every: int = 50  # iterations between checkpoints
+    resume: str = ""  # run directory or checkpoint to go on with, with its flags
+    evaluate: str = ""  # run directory or checkpoint to evaluate, not train
+    eval_episodes: int = 10  # of --evaluate and after training; 0: none
+    deterministic: bool = False  # evaluate the most probable actions, not samples
+    capture_video: bool = False  # film the first evaluated episode
     track: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project_name: str = "ppo"  # project for --track
     wandb_entity: str = ""  # entity (team) for --track; empty: your default one
@@ -117,6 +112,17 @@ def mlp(num_inputs, num_outputs, output_std, args):
         num_inputs = hidden_size
     layers.append(layer_init(nn.Linear(num_inputs, num_outputs), output_std))
     return nn.Sequential(*layers)
+
+
+def running_mean_var(mean, var, count, batch):
+    """Mean, variance and count of all samples so far, those of batch (N, ...) included; arrays or tensors.
+    Merges sums of squared deviations (Chan et al. 1979): rounding cannot make the variance negative."""
+    total = count + len(batch)
+    weight = len(batch) / total
+    batch_mean = batch.sum(0) / len(batch)
+    delta = batch_mean - mean
+    squares = var * count + ((batch - batch_mean) ** 2).sum(0) + delta**2 * (count * weight)
+    return mean + delta * weight, squares / total, total
 
 
 class Agent(nn.Module):
@@ -156,15 +162,17 @@ class Agent(nn.Module):
     def get_action_and_value(self, obs, action=None, deterministic=False):
         """Action (given, sampled or most probable), its log-probability, the policy's entropy, V: (N,) each,
         actions of MultiDiscrete (N, branches). obs: normalised, (N, obs_dim)."""
-        logits = self.actor(obs)  # Categorical's formulas by hand: torch.distributions is slower
+        logits = self.actor(obs)
         if self.multi:
-            logits = logits.unflatten(-1, self.logits_shape).masked_fill(self.invalid, -1e9)  # -inf gives nan
+            logits = logits.unflatten(-1, self.logits_shape)  # (N, branches, widest)
+            logits = logits.masked_fill(self.invalid, -1e9)  # -inf would make the entropy nan
+        # by hand: torch.distributions.Categorical would make the whole run a quarter slower
         logprobs = logits.log_softmax(-1)  # (N, actions) or (N, branches, widest)
         if action is None and deterministic:
             action = logprobs.argmax(-1)
-        elif action is None:  # Gumbel-max trick: the argmax of logprobs + Gumbel noise is a sample
+        elif action is None:  # the argmax of logprobs + Gumbel noise, -log of Exp(1), is a sample
             exponential = torch.empty_like(logprobs).exponential_()
-            action = (logprobs - exponential.log()).argmax(-1)  # -log of Exp(1) is Gumbel noise
+            action = (logprobs - exponential.log()).argmax(-1)
         logprob = logprobs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         if self.multi:  # branches are independent: these add up, over all axes that nvec has
@@ -172,14 +180,15 @@ class Agent(nn.Module):
         return action, logprob, entropy, self.get_value(obs)
 
     def act(self, raw_obs):
-        """One step of the rollout: adds raw_obs to the statistics; returns a row of each buffer."""
+        """One step of the rollout: adds raw_obs to the statistics; returns obs, actions, logprobs, values."""
         obs = self.normalize(raw_obs, update=True)
         action, logprob, _, value = self.get_action_and_value(obs)
         return obs, action, logprob, value
 
 
 def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
-    """Generalised advantage estimation [core 5], PPO paper eq. 11 and 12: (advantages, returns), (T, N) each.
+    """Generalised advantage estimation [core 5]: (advantages, returns), (T, N) each; PPO paper, eq. 11, 12;
+    https://arxiv.org/abs/1506.02438.
 
     rewards, values, dones: (T, N). dones[t] is 1 where action t ended the episode. If it was truncated,
     rewards[t] already contains gamma * V(final observation). next_value: (N,), V after the last step.
@@ -189,19 +198,20 @@ def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
     deltas = rewards + gamma * next_values * nonterminal - values  # eq. 12
     decays = gamma * gae_lambda * nonterminal
     advantages = torch.empty_like(deltas)
-    lastgaelam = torch.zeros_like(next_value)
+    advantage = torch.zeros_like(next_value)
     for t in reversed(range(len(rewards))):  # eq. 11 as a recursion
-        lastgaelam = deltas[t] + decays[t] * lastgaelam
-        advantages[t] = lastgaelam
+        advantage = deltas[t] + decays[t] * advantage
+        advantages[t] = advantage
     return advantages, advantages + values
 
 
 def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, values, args, kl_coef=None):
-    """Loss to minimise, minus eq. 9 of the PPO paper, and a dict of detached scalars. All tensors: (M,).
+    """Loss to minimise, minus eq. 9 of https://arxiv.org/abs/1707.06347, and a dict of detached scalars. All
+    tensors: (M,).
 
     newlogprob, entropy, newvalue: of the current weights; logprobs, values: of the weights that made the
     rollout. args: anything with clip_coef, clip_vloss, ent_coef, vf_coef, norm_adv. kl_coef: beta of the KL
-    penalty, None for the clipped objective.
+    penalty; None: the clipped objective.
     """
     shapes = {x.shape for x in (newlogprob, entropy, newvalue, logprobs, advantages, returns, values)}
     assert len(shapes) == 1, f"shapes {shapes} would broadcast"
@@ -222,147 +232,23 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
         clipped_value = values + (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
         v_error = torch.max(v_error, (clipped_value - returns) ** 2)
     v_loss = 0.5 * v_error.mean()
-    entropy_loss = entropy.mean()
-    loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss  # [core 10] minus eq. 9
+    mean_entropy = entropy.mean()
+    loss = pg_loss - args.ent_coef * mean_entropy + args.vf_coef * v_loss  # [core 10] minus eq. 9
 
     stats = {  # [core 12]
         "pg_loss": pg_loss.detach(),
         "v_loss": v_loss.detach(),
-        "entropy": entropy_loss.detach(),
-        "old_approx_kl": (-logratio).mean().detach(),  # the plain estimate: noisier, may be negative
+        "entropy": mean_entropy.detach(),
+        "old_approx_kl": (-logratio).mean().detach(),  # an older estimator: noisier, may be negative
         "approx_kl": kl.mean().detach(),
         "clipfrac": ((ratio - 1).abs() > args.clip_coef).to(ratio.dtype).mean(),
     }
     return loss, stats
 
 
-def compute_gradients(agent, batch, mb_inds, args, kl_coef):
-    """Put the clipped gradient of the loss into .grad; return the stats. mb_inds, (M,): rows of the batch."""
-    mb = {name: x.index_select(0, mb_inds) for name, x in batch.items()}  # (M, ...), faster than x[mb_inds]
-    _, newlogprob, entropy, newvalue = agent.get_action_and_value(mb["obs"], mb["actions"])
-    beta = kl_coef if args.objective == "kl-penalty" else None
-    rollout = {name: mb[name] for name in ("logprobs", "advantages", "returns", "values")}
-    loss, stats = ppo_loss(newlogprob, entropy, newvalue, **rollout, args=args, kl_coef=beta)
-    loss.backward()
-    max_norm = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
-    # [core 11] one norm over policy and V; foreach=False: torch.compile takes it whole
-    stats["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), max_norm, foreach=False)
-    return stats
-
-
-def train(args, stop_requested=lambda: False):
-    """Train an agent and return a dict: episodic_return, global_step, run_dir, agent.
-
-    episodic_return is the mean of the last up to 100 raw returns, nan if no episode ended.
-    stop_requested() is asked once per iteration: True saves a checkpoint and ends the run.
-    With args.resume and no run_dir, arguments left at their default are taken from the checkpoint.
-    Raises UsageError (a ValueError) before anything is written; FloatingPointError for nan or infinity.
-    """
-    args, checkpoint = prepare(args)  # checks and seeds; checkpoint: what --resume continues, or None
-    run_dir = Path(args.run_dir)
-    T, N = args.num_steps, args.num_envs
-    B = T * N
-    M = B // args.num_minibatches
-    num_iterations = args.total_timesteps // B
-    device = torch.device("cpu" if args.device == "auto" else args.device)
-    envs = make_envs(args, N)
-    agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
-    kl_coef = torch.tensor(float(args.kl_penalty_coef), device=device)  # beta of the KL penalty
-    global_step = checkpoint["global_step"] if checkpoint else 0
-    next_obs, _ = envs.reset(seed=args.seed + global_step)  # another seed after --resume
-    next_obs = torch.as_tensor(next_obs, device=device)
-    if checkpoint:
-        restore(checkpoint, agent, optimizer, envs, kl_coef)
-
-    obs = torch.zeros((T, N, *envs.single_observation_space.shape), device=device)  # as act normalised it
-    actions = torch.zeros((T, N, *envs.single_action_space.shape), dtype=torch.int64, device=device)
-    logprobs = torch.zeros((T, N), device=device)
-    values = torch.zeros((T, N), device=device)
-    rewards = np.zeros((T, N), np.float32)  # rewards and dones come from the environments: numpy
-    dones = np.zeros((T, N), np.float32)
-    act, backward = agent.act, compute_gradients  # --compile replaces these
-    if args.compile:
-        torch.compiler.reset()  # train may run again in this process, with other arguments
-        act, backward = compiled(act, device), compiled(backward, device)
-
-    start_step, start_time = global_step, time.time()
-    with closing(envs), open_log(args, run_dir, global_step, device) as (writer, bar):
-        for iteration in range(global_step // B + 1, num_iterations + 1):
-            # --- 1. learning rate: from learning_rate down to learning_rate / num_iterations [core 4] ---
-            if args.anneal_lr:
-                fraction_left = 1 - (iteration - 1) / num_iterations
-                optimizer.param_groups[0]["lr"] = fraction_left * args.learning_rate
-
-            # --- 2. rollout: T steps of N environments, across the ends of episodes ---
-            rollout_start = time.time()
-            with torch.no_grad():
-                for t in range(T):
-                    obs[t], actions[t], logprobs[t], values[t] = act(next_obs)
-                    next_obs, rewards[t], terminated, truncated, infos = envs.step(actions[t].cpu().numpy())
-                    dones[t] = terminated | truncated
-                    time_limit = truncated & ~terminated  # (N,)
-                    if time_limit.any():  # [ours 1] the task would go on: add the value of what was cut off
-                        final_obs = torch.as_tensor(np.stack(infos["final_obs"][time_limit]), device=device)
-                        final_values = agent.get_value(agent.normalize(final_obs))
-                        rewards[t, time_limit] += args.gamma * final_values.cpu().numpy()
-                    next_obs = torch.as_tensor(next_obs, device=device)  # where done: of the next episode
-                next_value = agent.get_value(agent.normalize(next_obs))  # (N,)
-            global_step += B
-
-            # --- 3. advantages ---
-            update_start = time.time()
-            rewards_on_device = torch.as_tensor(rewards, device=device)  # (T, N)
-            dones_on_device = torch.as_tensor(dones, device=device)
-            advantages, returns = compute_gae(
-                rewards_on_device, values, dones_on_device, next_value, args.gamma, args.gae_lambda
-            )
-
-            # --- 4. update: every epoch visits the batch in a new order, in equal minibatches [core 6] ---
-            batch = {"obs": obs, "actions": actions, "logprobs": logprobs, "values": values}
-            batch |= {"advantages": advantages, "returns": returns}
-            batch = {name: x.flatten(0, 1) for name, x in batch.items()}  # (B, ...)
-            updates = []  # the stats of each optimiser step
-            kl_exceeded = False
-            for _ in range(args.update_epochs):
-                for mb_inds in torch.randperm(B, device=device).split(M):  # (M,)
-                    optimizer.zero_grad()
-                    stats = backward(agent, batch, mb_inds, args, kl_coef)  # compute_gradients
-                    # [ours 3] earlier steps went too far: drop this gradient (but the first is always taken)
-                    if args.target_kl > 0 and len(updates) > 0 and stats["approx_kl"] > args.target_kl:
-                        kl_exceeded = True
-                        break
-                    optimizer.step()
-                    updates.append(torch.stack(list(stats.values())))
-                if kl_exceeded:
-                    break
-            charts = {"learning_rate": optimizer.param_groups[0]["lr"], "updates": len(updates)}
-            if args.objective == "kl-penalty":
-                charts["kl_coef"] = kl_coef.item()
-                charts["kl"] = adapt_kl_coef(kl_coef, agent, batch, args.kl_penalty_target)
-
-            # --- 5. logs and checkpoint: no part of the algorithm; losses are means [ours 4] ---
-            losses = dict(zip(stats, torch.stack(updates).mean(0).tolist(), strict=True))
-            now = time.time()
-            charts["SPS"] = (global_step - start_step) / (now - start_time)
-            charts["SPS_rollout"] = B / (update_start - rollout_start)
-            charts["SPS_update"] = B / (now - update_start)
-            check_finite(args, losses, agent, obs, rewards, global_step)  # [ours 5] before it is saved
-            losses["explained_variance"] = math.nan
-            if returns.var() > 0:
-                losses["explained_variance"] = 1 - (returns - values).var() / returns.var()
-            last_iteration = iteration == num_iterations or stop_requested()
-            if iteration % args.save_every == 0 or last_iteration:
-                save_checkpoint(args, iteration, agent, optimizer, envs, kl_coef)
-            mean_return = write_log(writer, bar, charts, losses, envs, global_step, B)
-            if last_iteration:
-                break
-    return {"episodic_return": mean_return, "global_step": global_step, "run_dir": run_dir, "agent": agent}
-
-
 @torch.no_grad()
 def adapt_kl_coef(kl_coef, agent, batch, target):
-    """Set beta for the next update, PPO paper, section 4; return KL(old || new) of this one."""
+    """Double or halve kl_coef for the next update, PPO paper, section 4; KL(old || new) of this one."""
     _, newlogprob, _, _ = agent.get_action_and_value(batch["obs"], batch["actions"])
     logratio = newlogprob - batch["logprobs"]
     kl = (logratio.exp() - 1 - logratio).mean().item()  # the estimate of ppo_loss, on the whole batch
@@ -374,53 +260,153 @@ def adapt_kl_coef(kl_coef, agent, batch, target):
     return kl
 
 
+def compute_gradients(agent, batch, mb_inds, args, kl_coef=None):
+    """Put the clipped gradient of the loss into .grad; return the stats. mb_inds, (M,): rows of the batch."""
+    mb = {name: x.index_select(0, mb_inds) for name, x in batch.items()}  # (M, ...), faster than x[mb_inds]
+    obs, actions = mb.pop("obs"), mb.pop("actions")
+    _, newlogprob, entropy, newvalue = agent.get_action_and_value(obs, actions)
+    loss, stats = ppo_loss(newlogprob, entropy, newvalue, **mb, args=args, kl_coef=kl_coef)
+    loss.backward()
+    # [core 11] one norm over policy and V; an infinite limit only measures it
+    max_norm = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
+    norm = nn.utils.clip_grad_norm_(agent.parameters(), max_norm, foreach=False)  # False: can be compiled
+    return stats | {"grad_norm": norm}
+
+
+def train(args, stop_requested=lambda: False, compute_gradients=compute_gradients):
+    """Train an agent and return a dict: episodic_return, global_step, run_dir, agent.
+
+    episodic_return: mean of the last up to 100 raw returns, nan if no episode ended. stop_requested(): asked
+    once per iteration, True saves and ends the run. With args.resume all of args counts: change what
+    load_checkpoint(path)["args"] holds. UsageError (a ValueError) for bad input, before anything is written;
+    FloatingPointError for nan or infinity.
+    """
+    args, checkpoint = prepare(args)  # checks and seeds; checkpoint: what --resume continues, or None
+    T, N = args.num_steps, args.num_envs
+    B = T * N
+    M = B // args.num_minibatches
+    num_iterations = args.total_timesteps // B
+    device = torch.device("cpu" if args.device == "auto" else args.device)
+    as_tensor = partial(torch.as_tensor, device=device)
+    envs = make_envs(args, N)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
+    kl_coef = None  # for the penalty a tensor: compiled code would take a number for a constant
+    if args.objective == "kl-penalty":
+        kl_coef = torch.tensor(args.kl_penalty_coef, device=device)
+    global_step = checkpoint["global_step"] if checkpoint else 0
+    next_obs, _ = envs.reset(seed=(args.seed + global_step) % 10**9)  # another seed after --resume
+    if checkpoint:
+        restore(checkpoint, agent, optimizer, envs, kl_coef)
+
+    obs = torch.zeros((T, N, *envs.single_observation_space.shape), device=device)  # normalised
+    actions = torch.zeros((T, N, *envs.single_action_space.shape), dtype=torch.int64, device=device)
+    logprobs = torch.zeros((T, N), device=device)
+    values = torch.zeros((T, N), device=device)
+    rewards = np.zeros((T, N), np.float32)  # numpy, as the environments give them
+    dones = np.zeros((T, N), np.float32)
+    act = agent.act
+    if args.compile:
+        act, compute_gradients = compiled(act, device), compiled(compute_gradients, device)
+
+    start_step, start_time = global_step, time.time()
+    with closing(envs), open_log(args, global_step, device) as (writer, bar):
+        for iteration in range(global_step // B + 1, num_iterations + 1):
+            # --- 1. learning rate: from learning_rate down to learning_rate / num_iterations [core 4] ---
+            if args.anneal_lr:
+                fraction_left = 1 - (iteration - 1) / num_iterations
+                optimizer.param_groups[0]["lr"] = fraction_left * args.learning_rate
+
+            # --- 2. rollout: T steps of N environments, across the ends of episodes ---
+            with torch.no_grad():
+                for t in range(T):
+                    obs[t], actions[t], logprobs[t], values[t] = act(as_tensor(next_obs))
+                    next_obs, rewards[t], terminated, truncated, infos = envs.step(actions[t].cpu().numpy())
+                    dones[t] = terminated | truncated
+                    time_limit = truncated & ~terminated  # (N,)
+                    if time_limit.any():  # [ours 1] the task would go on: add the value of what was cut off
+                        final_obs = agent.normalize(as_tensor(np.stack(infos["final_obs"][time_limit])))
+                        rewards[t, time_limit] += args.gamma * agent.get_value(final_obs).cpu().numpy()
+                # (N,); where step T ended an episode, of the next one: compute_gae leaves it out there
+                next_value = agent.get_value(agent.normalize(as_tensor(next_obs)))
+            global_step += B
+
+            # --- 3. advantages; rewards contain values by now, so do not log them ---
+            advantages, returns = compute_gae(
+                as_tensor(rewards), values, as_tensor(dones), next_value, args.gamma, args.gae_lambda
+            )
+
+            # --- 4. update: every epoch visits the batch in a new order, in equal minibatches [core 6] ---
+            batch = {"obs": obs, "actions": actions, "logprobs": logprobs, "values": values}
+            batch |= {"advantages": advantages, "returns": returns}
+            batch = {name: x.flatten(0, 1) for name, x in batch.items()}  # (B, ...)
+            updates = []  # the stats of each optimiser step
+            kl_exceeded = False
+            for _ in range(args.update_epochs):
+                for mb_inds in torch.randperm(B, device=device).split(M):  # (M,)
+                    optimizer.zero_grad()
+                    stats = compute_gradients(agent, batch, mb_inds, args, kl_coef)
+                    # [ours 3] earlier steps went too far: drop this gradient (but the first is always taken)
+                    if args.target_kl > 0 and len(updates) > 0 and stats["approx_kl"] > args.target_kl:
+                        kl_exceeded = True
+                        break
+                    optimizer.step()
+                    updates.append(stats)
+                if kl_exceeded:
+                    break
+
+            # --- 5. logs and checkpoint: no part of the algorithm; losses are means [ours 4] ---
+            losses = {name: torch.stack([x[name] for x in updates]).mean().item() for name in updates[0]}
+            charts = {"learning_rate": optimizer.param_groups[0]["lr"], "updates": len(updates)}
+            if args.objective == "kl-penalty":
+                charts["kl_coef"] = kl_coef.item()
+                charts["kl"] = adapt_kl_coef(kl_coef, agent, batch, args.kl_penalty_target)
+            check_finite(losses, agent, global_step)  # [ours 5] before it is saved
+            if returns.var() > 0:  # 1: V predicts the returns, 0: no better than their mean
+                losses["explained_variance"] = 1 - (returns - values).var() / returns.var()
+            charts["SPS"] = (global_step - start_step) / (time.time() - start_time)
+            episodic_return = math.nan
+            if len(envs.return_queue) > 0:  # the last 100 episodes
+                episodic_return = charts["episodic_return"] = float(np.mean(envs.return_queue))
+                charts["episodic_length"] = np.mean(envs.length_queue)
+            last_iteration = iteration == num_iterations or stop_requested()
+            if iteration % args.save_every == 0 or last_iteration:
+                save_checkpoint(args, global_step, agent, optimizer, envs, kl_coef)
+            write_log(writer, bar, charts, losses, global_step)
+            if last_iteration:
+                break
+    result = {"episodic_return": episodic_return, "global_step": global_step}
+    return result | {"run_dir": Path(args.run_dir), "agent": agent}
+
+
 # ---------------------------------------- the environments ----------------------------------------
 
 
-def running_mean_var(mean, var, count, batch):
-    """Mean, variance and count of all samples so far, those of batch (N, ...) included; arrays or tensors.
-    Merges sums of squared deviations (Chan et al. 1979): rounding cannot make the variance negative."""
-    total = count + len(batch)
-    weight = len(batch) / total
-    batch_mean = batch.sum(0) / len(batch)
-    delta = batch_mean - mean
-    squares = var * count + ((batch - batch_mean) ** 2).sum(0) + delta**2 * (count * weight)
-    return mean + delta * weight, squares / total, total
-
-
 class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
-    """Records the raw returns of whole episodes; scales the rewards that the agent learns from."""
+    """Records the raw returns of whole episodes; scales the rewards that the agent learns from.
+
+    gymnasium's NormalizeReward would drop the last sum of every episode, and hide the raw returns."""
 
     def __init__(self, envs, args):
         super().__init__(envs)
         self.space = envs.single_action_space
-        self.norm_reward, self.gamma, self.env_id = args.norm_reward, args.gamma, args.env_id
+        self.norm_reward, self.gamma = args.norm_reward, args.gamma
         self.discounted = np.zeros(self.num_envs)  # (N,) discounted sum of the episode's rewards so far
-        self.mean, self.var, self.count = 0.0, 1.0, 0.0  # of self.discounted, over all environments
+        self.reward_stats = 0.0, 1.0, 0.0  # mean, variance and count of self.discounted
 
     def step(self, actions):
         actions = actions.astype(self.space.dtype)
-        try:
-            obs, rewards, terminated, truncated, infos = super().step(actions)
-        except Exception as error:
-            error.add_note(f"--env-id {self.env_id}: after {self.episode_lengths} steps of the episodes")
-            raise
+        obs, rewards, terminated, truncated, infos = super().step(actions)
         if self.norm_reward:  # [cont 8] without subtracting a mean, which would change the task
             self.discounted = self.gamma * self.discounted + rewards
-            statistics = self.mean, self.var, self.count
-            self.mean, self.var, self.count = running_mean_var(*statistics, self.discounted)
+            self.reward_stats = running_mean_var(*self.reward_stats, self.discounted)
             self.discounted[terminated | truncated] = 0
-            rewards = (rewards / np.sqrt(self.var + 1e-8)).clip(-10, 10)  # [cont 9]
+            std = np.sqrt(self.reward_stats[1] + 1e-8)
+            rewards = (rewards / std).clip(-10, 10)  # [cont 9]
         return obs, rewards, terminated, truncated, infos
 
     def close(self, **kwargs):
-        hint = f"--env-id {self.env_id} does not close: Ctrl-C twice ends it, the newest checkpoint stays"
-        timer = threading.Timer(10, print, [hint])
-        timer.start()
-        with suppress(Exception):  # the training has ended, whatever fails here
-            super().close(terminate=sys.exc_info()[0] is not None, **kwargs)  # after an error: no waiting
-        timer.cancel()
-        self.unwrapped.closed = True  # or it would be closed once more at the end
+        super().close(terminate=True)  # not waiting for a worker of --vectorization async that has died
 
 
 class DropInfos(gym.Wrapper):
@@ -435,28 +421,21 @@ class DropInfos(gym.Wrapper):
         return obs, reward, terminated, truncated, {}
 
 
-def start_worker(seed):
-    """In a process of --vectorization async: leave signals to main, draw random numbers of its own."""
-    name = multiprocessing.current_process().name  # such as Worker<AsyncVectorEnv>-3
-    if name.startswith("Worker<"):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        number = int(name.rpartition("-")[2])
-        random.seed(seed + number)
-        np.random.seed(seed + number)
-
-
 def make_envs(args, num_envs, video_folder=None):
-    """num_envs environments as one [core 1], which films its first episode if there is a video_folder.
+    """num_envs environments as one [core 1]; with a video_folder, the first episode is filmed.
     UsageError if they cannot be made or are not for this script."""
+    name = f"--env-id {args.env_id}"
 
     def wrap(env):
-        start_worker(args.seed)
-        name, actions, shape = f"--env-id {args.env_id}", env.action_space, env.observation_space.shape or ()
+        if args.vectorization == "async" and multiprocessing.parent_process():  # a worker
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for main
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        actions, shape = env.action_space, env.observation_space.shape or ()
         fits = isinstance(actions, gym.spaces.Discrete | gym.spaces.MultiDiscrete) and not actions.start.any()
         require(fits, f"{name} acts in {actions}, not in (Multi)Discrete from 0 (a Box: ppo_continuous.py)")
         require(len(shape) != 3, f"{name} observes pixels {shape}: try ppo_atari.py")
         if video_folder:
+            require(util.find_spec("moviepy"), "--capture-video: pip install moviepy")
             env.reset()
             env.render()  # a package that is missing for it is reported now, not after the training
             env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: episode == 0)
@@ -466,6 +445,7 @@ def make_envs(args, num_envs, video_folder=None):
 
     # [ours 2] NEXT_STEP, the default, spends a step of reward 0 on a reset: a row nobody should learn from
     autoreset_mode = gym.vector.AutoresetMode.SAME_STEP
+    options = {"render_mode": "rgb_array"} if video_folder else {}  # some know no such argument
     try:
         envs = gym.make_vec(
             args.env_id,
@@ -474,28 +454,19 @@ def make_envs(args, num_envs, video_folder=None):
             vector_kwargs={"autoreset_mode": autoreset_mode},
             wrappers=[wrap],
             max_episode_steps=args.max_episode_steps if args.max_episode_steps > 0 else None,
-            **({"render_mode": "rgb_array"} if video_folder else {}),  # some know no such argument
+            **options,
         )
-    except Exception as error:
-        foreseen = video_folder or isinstance(error, gym.error.Error | ImportError)  # renderers raise any
-        if not foreseen or isinstance(error, UsageError):
-            raise
-        flags = f"--env-id {args.env_id} --capture-video" if video_folder else f"--env-id {args.env_id}"
-        raise UsageError(f"{flags}: {' '.join(str(error).split())}") from error
+    except (gym.error.Error, ImportError) as error:
+        raise UsageError(f"{name}: {' '.join(str(error).split())}") from error
     assert envs.metadata["autoreset_mode"] == autoreset_mode
     return LearningEnvs(envs, args)
 
 
 # ------------------- what runs it: nothing below changes the algorithm -------------------
 
-SCRIPT = "ppo_discrete"  # written into checkpoints, so that another script refuses them
-EVALUATION = {"eval_episodes", "deterministic", "capture_video", "num_threads"}
-EVALUATE_MAY_CHANGE = EVALUATION | {"evaluate", "seed", "max_episode_steps"}
-MACHINE = {"device", "compile"}
-TRACKING = {"track", "wandb_project_name", "wandb_entity"}
-RESUME_MAY_CHANGE = EVALUATION | MACHINE | TRACKING | {"resume", "total_timesteps", "save_every"}
-COUNTS = {"num_envs", "num_steps", "num_minibatches", "update_epochs", "hidden_sizes", "save_every"}
-LIMITS = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9)} | dict.fromkeys(COUNTS, (1, math.inf))
+RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9)}  # others: from 0
+for _count in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "hidden_sizes", "save_every"):
+    RANGES[_count] = (1, math.inf)
 
 
 class UsageError(ValueError):
@@ -504,158 +475,110 @@ class UsageError(ValueError):
 
 def require(condition, message):
     if not condition:
-        raise UsageError(" ".join(message.split()))
+        raise UsageError(message)
 
 
-def check_args(args):
-    """UsageError for arguments that cannot work, or that a checkpoint cannot hold: numpy's numbers, paths."""
-    for field in dataclasses.fields(Args):
-        value, kind, choices = getattr(args, field.name), type(field.default), get_args(field.type)
-        flag = f"--{field.name.replace('_', '-')} {value}"
-        plain = type(value) is kind or (type(value) is int and kind is float)
-        require(plain, f"{flag}: use {kind.__name__}, not {type(value).__name__}")
-        numbers = value if kind is tuple else (value,)
-        require(kind is not tuple or all(type(x) is int for x in numbers), f"{flag}: use int in the tuple")
-        low, high = LIMITS.get(field.name, (0, math.inf))
-        for x in numbers:
-            fits = kind is str or (low <= x <= high and math.isfinite(x))
-            require(fits, f"{flag}: use a finite number from {low} to {high}")
-        if kind is str and choices:
-            require(value in choices, f"{flag}: use one of {', '.join(choices)}")
+def seed_everything(seed):
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def prepare(args):
+    """Check and seed. Returns the arguments, run_dir filled in, and the checkpoint of --resume or None."""
+    plain = {x.name: type(x.default)(getattr(args, x.name)) for x in dataclasses.fields(Args)}
+    plain["hidden_sizes"] = tuple(int(x) for x in args.hidden_sizes)
+    args = dataclasses.replace(args, **plain)  # numpy's numbers and paths cannot be saved
+    for name, value in plain.items():
+        low, high = RANGES.get(name, (0, math.inf))
+        numbers = value if isinstance(value, tuple) else (value,)
+        fits = all(isinstance(x, str) or (low <= x <= high and x != math.inf) for x in numbers)
+        wanted = f"{low} or more" if high == math.inf else f"{low} to {high}"
+        require(fits, f"--{name.replace('_', '-')} {value}: use {wanted}")
     B, parts = args.num_steps * args.num_envs, args.num_minibatches
     equal = B % parts == 0 and (B > parts or not args.norm_adv)  # the std of one advantage would be nan
     sizes = f"--num-steps {args.num_steps} x --num-envs {args.num_envs} = {B} in --num-minibatches {parts}"
     require(equal, f"{sizes} must give equal parts of 2 or more (of 1 with --no-norm-adv): change one")
     require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: torch finds none, use cpu")
     require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
-    require(not args.capture_video or util.find_spec("moviepy"), "--capture-video: pip install moviepy")
 
-
-def override(saved, args, defaults, may_change):
-    """The saved arguments, but where args differs from defaults. UsageError for what may not change."""
-    given = {name: value for name, value in vars(args).items() if value != getattr(defaults, name)}
-    for name in sorted(given.keys() - may_change):
-        flag, kept = f"--{name.replace('_', '-')} {given[name]}", getattr(saved, name)
-        require(given[name] == kept, f"{flag}: the checkpoint was made with {kept!r}, leave this flag out")
-    return dataclasses.replace(saved, **given)
-
-
-def prepare(args):
-    """Check and seed. Returns the arguments, run_dir filled in, and the checkpoint of --resume or None."""
-    check_args(args)
-    checkpoint, steps_done = None, 0
-    if args.resume:
-        checkpoint = load_checkpoint(args.resume)
-        saved, steps_done = checkpoint["args"], checkpoint["global_step"]
-        # main parses the command line over the saved arguments: run_dir is set, and all of args counts.
-        # Args(resume=...) in Python leaves run_dir empty: what stands at its default there does not count
-        args = override(saved, args, saved if args.run_dir else Args(), RESUME_MAY_CHANGE)
-        check_args(args)
-    least = steps_done + args.num_steps * args.num_envs
+    checkpoint = load_checkpoint(args.resume) if args.resume else None
+    least = B + (checkpoint["global_step"] if checkpoint else 0)
     require(args.total_timesteps >= least, f"--total-timesteps {args.total_timesteps}: use at least {least}")
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}".replace("/", "-")
     run_dir = Path(args.run_dir if args.run_dir else f"runs/{name}")
-    may_write = checkpoint or not (run_dir / "checkpoint.pt").exists()
-    require(may_write, f"--run-dir {run_dir} holds a checkpoint: name another one, or --resume {run_dir}")
-    blocked = any(path.is_file() for path in (run_dir, *run_dir.parents))
-    require(not blocked, f"--run-dir {run_dir}: a file is in the way, name another one")
+    newest = (run_dir / "checkpoint.pt").resolve()
+    goes_on = checkpoint is not None and checkpoint["path"].resolve() == newest
+    hint = f"--run-dir {run_dir} holds a checkpoint: name another one, or --resume {run_dir}"
+    require(goes_on or not newest.exists(), hint)
     if args.capture_video:  # what is missing for it shows now, not after the training
         make_envs(args, 1, str(run_dir / "videos")).close()
-    if args.compile:
-        try_compiler()
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
+    seed_everything(args.seed)
+    torch.set_num_threads(args.num_threads if args.num_threads > 0 else torch.get_num_threads())
     torch.backends.cudnn.deterministic = args.torch_deterministic
     return dataclasses.replace(args, run_dir=str(run_dir)), checkpoint
 
 
 def compiled(function, device):
     """The function as one graph: the same numbers up to rounding, the same random numbers."""
+    torch.compiler.reset()  # train may run again in this process, with other arguments
     torch._dynamo.config.trace_autograd_ops = True  # loss.backward() is part of a graph
     options = {"fallback_random": True, "cpp_wrapper": device.type == "cpu"}
     return torch.compile(function, fullgraph=True, options=options)
 
 
-def try_compiler():
-    """UsageError if nothing can be compiled here: no compiler, no headers of Python, no place to write."""
-    try:
-        compiled(torch.sin, torch.device("cpu"))(torch.zeros(1))
-    except Exception as error:
-        hint = "apt install g++ python3-dev, or --no-compile"
-        raise UsageError(f"--compile: {hint} ({' '.join(str(error).split()):.200})") from error
-
-
-def save_checkpoint(args, iteration, agent, optimizer, envs, kl_coef):
+def save_checkpoint(args, global_step, agent, optimizer, envs, kl_coef):
     """Write run_dir/checkpoint.pt: what resuming and evaluating need, as tensors and plain values only."""
-    cuda = torch.cuda.is_initialized()  # asking for its random state would start CUDA in a run on the CPU
     checkpoint = {
-        "script": SCRIPT,
-        "args": vars(args) | {"resume": ""},
-        "iteration": iteration,
-        "global_step": iteration * args.num_steps * args.num_envs,
+        "args": {x.name: getattr(args, x.name) for x in dataclasses.fields(Args)} | {"resume": ""},
+        "global_step": global_step,
         "shapes": agent.shapes,
         "agent": agent.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "kl_coef": kl_coef.item(),
-        "reward_scale": [float(x) for x in (envs.mean, envs.var, envs.count, *envs.discounted)],
-        "python_rng": random.getstate(),
-        "numpy_rng": [np.asarray(x).tolist() for x in np.random.get_state()],
+        "kl_coef": kl_coef,
+        "reward_stats": [float(x) for x in envs.reward_stats],
         "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if cuda else [],
+        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
     path = Path(args.run_dir, "checkpoint.pt")
-    temporary = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
-        with temporary.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())  # on the disk, before it takes the place of the one before
-        temporary.replace(path)  # a crash leaves the old file or the new one, never half of one
-    except (OSError, RuntimeError) as error:  # torch has a RuntimeError for a full disk
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: not written; an older one, if any, is kept: --resume it ({error})") from error
+    torch.save(checkpoint, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)  # a crash leaves the old file or the new one, never half of one
 
 
 def restore(checkpoint, agent, optimizer, envs, kl_coef):
     """Set everything as save_checkpoint found it, except that the environments have begun new episodes."""
-    agent.load_state_dict(checkpoint["agent"])
+    try:
+        agent.load_state_dict(checkpoint["agent"])
+    except RuntimeError as error:
+        message = "the checkpoint is of another network or environment, leave out flags that change these"
+        raise UsageError(f"--resume: {message}") from error
     optimizer.load_state_dict(checkpoint["optimizer"])
-    if checkpoint.get("kl_coef") is not None:  # None, or no such key, in older checkpoints
-        kl_coef.fill_(checkpoint["kl_coef"])
-    envs.mean, envs.var, envs.count, *discounted = checkpoint["reward_scale"]
-    envs.discounted = np.array(discounted)
-    random.setstate(checkpoint["python_rng"])
-    np.random.set_state(checkpoint["numpy_rng"])
+    if kl_coef is not None and checkpoint["kl_coef"] is not None:
+        kl_coef.copy_(checkpoint["kl_coef"])
+    envs.reward_stats = checkpoint["reward_stats"]
     torch.set_rng_state(checkpoint["torch_rng"])
     torch.cuda.set_rng_state_all(checkpoint["cuda_rng"][: torch.cuda.device_count()])
 
 
 def load_checkpoint(path):
-    """What save_checkpoint wrote to path or path/checkpoint.pt; "args" as Args, the Agent as "trained"."""
+    """What save_checkpoint wrote to path or path/checkpoint.pt; "args" as Args, the Agent as "trained".
+    A file of another name than checkpoint.pt, a copy, begins a new run directory: its args have none."""
     path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
-    name = f"--resume or --evaluate {path}"
-    require(path.is_file(), f"{name}: no such file, name the directory of a run or its checkpoint.pt")
+    if path.is_symlink():
+        path = path.resolve()  # the run goes on where the file is
+    require(path.is_file(), f"{path}: no such file, name a run directory or its checkpoint.pt")
     try:
-        if zipfile.ZipFile(path).testzip() is not None:  # torch.load does not compare the checksums
-            raise ValueError("its checksums differ")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
-        script = checkpoint["script"]
-    except Exception as error:  # torch.load does not say what a damaged file raises
-        raise UsageError(f"{name}: no checkpoint, or a damaged one ({error!r:.200})") from error
-    require(script == SCRIPT, f"{name}: written by {script}.py, use that script")
-    try:
-        saved = {key: value for key, value in checkpoint["args"].items() if value is not None}
-        args = Args(**saved | {"run_dir": str(path.parent)})
+        run_dir = str(path.parent) if path.name == "checkpoint.pt" else ""
+        args = Args(**checkpoint["args"] | {"run_dir": run_dir})
         obs_shape, num_actions = checkpoint["shapes"]
         kind = gym.spaces.Discrete if isinstance(num_actions, int) else gym.spaces.MultiDiscrete
         agent = Agent(gym.spaces.Box(-math.inf, math.inf, obs_shape), kind(num_actions), args)
         agent.load_state_dict(checkpoint["agent"])
-    except Exception as error:  # Args or Agent have changed since
-        raise UsageError(f"{name}: does not fit Args or Agent of this script ({error!r:.200})") from error
-    return checkpoint | {"args": args, "trained": agent.eval().requires_grad_(False)}
+    except Exception as error:  # torch.load does not say what a damaged file raises
+        reason = " ".join(f"{error!r:.200}".split())
+        raise UsageError(f"{path}: damaged, or not of this script ({reason})") from error
+    return checkpoint | {"path": path, "args": args, "trained": agent.eval().requires_grad_(False)}
 
 
 def load_agent(checkpoint):
@@ -664,20 +587,23 @@ def load_agent(checkpoint):
 
 
 @torch.no_grad()
-def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=10**6, capture_video=False, **changes):
-    """Raw returns of num_episodes whole episodes, (num_episodes,), played on the CPU. Seeds torch.
+def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=2**30, capture_video=False, **changes):
+    """Raw returns of num_episodes whole episodes, (num_episodes,), played on the CPU.
 
-    changes: arguments that shall differ from the saved ones, such as max_episode_steps.
-    Raises UsageError for bad input and for an episode that does not end.
+    seed: beyond all seeds of a training by default; also of torch, numpy and random. changes: arguments that
+    shall differ from the saved ones. UsageError for bad input and for an episode that does not end.
     """
     require(num_episodes > 0, f"--eval-episodes {num_episodes}: use 1 or more")
-    saved, returns = load_checkpoint(checkpoint), []
+    saved = load_checkpoint(checkpoint)
     args, agent = dataclasses.replace(saved["args"], **changes), saved["trained"]
-    folder = f"{args.run_dir}/videos/step-{saved['global_step']}-seed-{seed}"
-    torch.manual_seed(seed)
-    with closing(make_envs(args, 1, folder if capture_video else None)) as envs:
+    folder = saved["path"].parent / "videos" / f"step-{saved['global_step']}-seed-{seed}"
+    seed_everything(seed)
+    returns = []
+    with closing(make_envs(args, 1, str(folder) if capture_video else None)) as envs:
+        fits = envs.single_observation_space.shape == agent.shapes[0]
+        require(fits, f"--env-id {args.env_id} has other observations than the training: use another one")
         obs, _ = envs.reset(seed=seed)
-        for _ in tqdm(range(num_episodes), unit="episode"):
+        for _ in tqdm(range(num_episodes), unit="episode", disable=None):
             infos = {}
             while "episode" not in infos:
                 obs = agent.normalize(torch.as_tensor(obs))
@@ -689,114 +615,94 @@ def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=10**6, captu
     return np.array(returns)
 
 
-def check_finite(args, losses, agent, obs, rewards, global_step):
-    """FloatingPointError if something that the training rests on is nan or infinite."""
-    weights = sum(x.sum() for x in agent.state_dict().values())
-    sums = losses | {"observations": obs.sum(), "rewards": rewards.sum(), "weights": weights}
-    broken = [name for name, number in sums.items() if not math.isfinite(number)]
-    fix = f"look at --env-id {args.env_id} or lower --learning-rate {args.learning_rate}; not saved"
+def check_finite(losses, agent, global_step):
+    """FloatingPointError if a loss, the gradient's norm or a weight is nan or infinite."""
+    weights = sum(x.sum() for x in agent.state_dict().values()).item()
+    broken = [name for name, x in (losses | {"weights": weights}).items() if not math.isfinite(x)]
     if broken:
+        fix = "look at rewards and observations, or lower --learning-rate; not saved"
         raise FloatingPointError(f"nan or infinity in {', '.join(broken)} by step {global_step}: {fix}")
 
 
 @contextmanager
-def open_log(args, run_dir, global_step, device):
+def open_log(args, global_step, device):
     """Create the run directory, start Weights & Biases on request; yield TensorBoard's writer, the bar."""
-    B = args.num_steps * args.num_envs
-    iterations = args.total_timesteps // B
-    lock = FileLock(run_dir / ".lock", blocking=False)  # the system releases it when the process ends
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise UsageError(f"--run-dir {run_dir}: another run writes to it, name another one") from error
+        Path(args.run_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--run-dir {run_dir}: {error.strerror}, name another one") from error
+        raise UsageError(f"--run-dir {args.run_dir}: {error.strerror}, name another one") from error
     if args.track:
         owner = {"project": args.wandb_project_name, "entity": args.wandb_entity or None}
-        import_module("wandb").init(**owner, name=run_dir.name, config=vars(args), sync_tensorboard=True)
-    print(f"{run_dir}: {iterations} iterations of {B} steps = {iterations * B:,} on {device}")
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if global_step > 0 else None)
+        name = Path(args.run_dir).name
+        import_module("wandb").init(**owner, name=name, config=vars(args), sync_tensorboard=True)
+    B = args.num_steps * args.num_envs
+    iterations = args.total_timesteps // B
+    print(
+        f"{args.run_dir}: {iterations} iterations of {B} steps = {iterations * B:,} on {device}", flush=True
+    )
+    writer = SummaryWriter(args.run_dir, purge_step=global_step + 1)  # later points are of an earlier run
     writer.add_text("hyperparameters", "  \n".join(f"{name}: {value}" for name, value in vars(args).items()))
-    try:
-        with lock, tqdm(total=iterations * B, initial=global_step, unit="step", unit_scale=True) as bar:
-            yield writer, bar
-    finally:
-        with suppress(OSError):
-            writer.close()
+    scale = {"total": iterations * B, "initial": global_step, "unit": "step", "unit_scale": True}
+    with writer, tqdm(**scale, disable=None) as bar:  # disable=None: no bar in a file
+        yield writer, bar
 
 
-def write_log(writer, bar, charts, losses, envs, global_step, steps):
-    """A point of each curve, and the progress bar; returns the mean of the last up to 100 raw returns."""
-    mean_return = math.nan
-    if len(envs.return_queue) > 0:
-        charts["episodic_return"] = mean_return = float(np.mean(envs.return_queue))
-        charts["episodic_length"] = np.mean(envs.length_queue)
-    losses["policy_loss"], losses["value_loss"] = losses.pop("pg_loss"), losses.pop("v_loss")
-    missing = ""
-    try:
-        for group, curves in {"charts": charts, "losses": losses}.items():
-            for name, value in curves.items():
-                writer.add_scalar(f"{group}/{name}", value, global_step)
-    except OSError as error:  # a full disk, say, takes points of the curves, but not the training
-        missing = f", not logged: {error.strerror}"
-    bar.set_postfix_str(f"return {mean_return:.1f}{missing}", refresh=False)
-    bar.update(steps)
-    return mean_return
+def write_log(writer, bar, charts, losses, global_step):
+    """A point of each curve; the progress bar, or lines of text where output goes to a file."""
+    names = {"pg_loss": "policy_loss", "v_loss": "value_loss"}  # CleanRL's
+    for name, value in charts.items():
+        writer.add_scalar(f"charts/{name}", value, global_step)
+    for name, value in losses.items():
+        writer.add_scalar(f"losses/{names.get(name, name)}", value, global_step)
+    text = f"return {charts.get('episodic_return', math.nan):.1f}"
+    before, bar.n = bar.n, global_step
+    bar.set_postfix_str(text)
+    if bar.disable and 20 * before // bar.total < 20 * global_step // bar.total:
+        print(f"step {global_step:,} of {bar.total:,}: {text}, {charts['SPS']:.0f} steps/s", flush=True)
 
 
 def main():
-    """The command line. Exit codes: 2 bad input, 1 nan or disk error, 130 and 143 stopped by a signal."""
+    """The command line. Exit codes: 2 bad input, 1 nan, 128 + its number for a signal (Ctrl-C: 130)."""
     received, command = [], f"python {sys.argv[0]}"
+    signals = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # not on Windows
 
     def on_signal(number, frame):  # the first one ends the iteration, a second one the process
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
 
     args = tyro.cli(Args)
+    checkpoint = args.evaluate
     try:
-        checkpoint = args.evaluate
-        if args.evaluate:  # parse again over the saved arguments: what differs from them was typed
-            own = EVALUATION | MACHINE | {"seed", "track"}  # not taken from the training
-            at_default = {name: getattr(Args, name) for name in own}
-            saved = dataclasses.replace(load_checkpoint(args.evaluate)["args"], **at_default)
-            args = override(saved, tyro.cli(Args, default=saved), saved, EVALUATE_MAY_CHANGE)
-        elif args.resume:
-            args = tyro.cli(Args, default=load_checkpoint(args.resume)["args"])
-        check_args(args)
-        torch.set_num_threads(args.num_threads if args.num_threads > 0 else torch.get_num_threads())
-        if not checkpoint:
-            signal.signal(signal.SIGINT, on_signal)
-            signal.signal(signal.SIGTERM, on_signal)
-            checkpoint = train(args, stop_requested=lambda: bool(received))["run_dir"] / "checkpoint.pt"
-            if received:
-                path = shlex.quote(str(checkpoint))
-                print(f"stopped by signal {received[0]}, go on with: {command} --resume {path}")
-                sys.exit(128 + received[0])
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if args.evaluate or args.resume:  # parse again over the saved arguments: what was typed wins
+            args = tyro.cli(Args, default=load_checkpoint(args.evaluate or args.resume)["args"])
+        if not args.evaluate:
+            signals = [x for x in signals if signal.getsignal(x) != signal.SIG_IGN]  # nohup ignores SIGHUP
+            for number in signals:
+                signal.signal(number, on_signal)
+            checkpoint = train(args, stop_requested=lambda: len(received) > 0)["run_dir"] / "checkpoint.pt"
+            for number in signals:
+                signal.signal(number, signal.SIG_DFL)
+        path = shlex.quote(str(checkpoint))
+        if received:
+            print(f"stopped by signal {received[0]}, go on with: {command} --resume {path}")
+            sys.exit(128 + received[0])
         if args.evaluate or args.eval_episodes > 0:
-            how = args.deterministic, 10**6 + args.seed, args.capture_video
-            returns = evaluate(checkpoint, args.eval_episodes, *how, max_episode_steps=args.max_episode_steps)
-            means = np.random.default_rng(0).choice(returns, (10_000, len(returns))).mean(1)  # bootstrap
-            low, high = np.percentile(means, [2.5, 97.5])
+            how = args.deterministic, 2**30 + args.seed, args.capture_video
+            task = {"env_id": args.env_id, "max_episode_steps": args.max_episode_steps}
+            returns = evaluate(checkpoint, args.eval_episodes, *how, **task)
             kind = f"{len(returns)} {'deterministic' if args.deterministic else 'sampled'} episodes"
-            print(f"{returns.mean():.1f}: mean return of {kind}, 95 % interval {low:.1f} to {high:.1f}")
-        saved, path = load_checkpoint(checkpoint), shlex.quote(str(checkpoint))
+            margin = 1.96 * returns.std() / max(len(returns) - 1, 1) ** 0.5  # a normal 95 % interval
+            print(f"{returns.mean():.1f} +- {margin:.1f}: mean return of {kind}")
+        saved = load_checkpoint(checkpoint)
+        steps, total = saved["global_step"], saved["args"].total_timesteps
+        finished = steps + args.num_steps * args.num_envs > total
+        more = f" --total-timesteps {2 * steps}" if finished else ""
         print(f"evaluate it: {command} --evaluate {path} --eval-episodes 100 --capture-video")
-        print(f"train on:    {command} --resume {path} --total-timesteps {2 * saved['global_step']}")
-        print(f"look at it:  tensorboard --logdir {shlex.quote(saved['args'].run_dir)} (and its videos/)")
-    except (UsageError, FloatingPointError, OSError) as error:
-        if hasattr(error, "__notes__"):  # of an environment: where it comes from is in the traceback
-            raise
+        print(f"train on:    {command} --resume {path}{more}")
+        print(f"look at it:  tensorboard --logdir {shlex.quote(str(saved['path'].parent))}")
+    except (UsageError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
-    except Exception as error:
-        if not received:
-            raise
-        # Ctrl-C reaches a compiler or a worker process too, and then they fail
-        print(f"stopped by signal {received[0]} ({error!r:.100}), not saved", file=sys.stderr)
-        sys.exit(128 + received[0])
 
 
 if __name__ == "__main__":
