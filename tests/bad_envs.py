@@ -51,12 +51,6 @@ class RaisesOSError(Good):
         raise OSError("a file of the environment")
 
 
-class NeverCloses(Good):
-    def close(self):
-        if self.total > 0:  # gymnasium opens and closes one more to look at its spaces
-            time.sleep(3600)
-
-
 class WrongShape(Good):
     def observe(self):
         return np.zeros(3 if self.total >= 30 else 2, np.float32)
@@ -87,13 +81,6 @@ class Slow(Good):
         return super().step(action)
 
 
-class NumpyNumbers(Good):
-    """Draws from numpy's global generator, as old environments do."""
-
-    def observe(self):
-        return np.random.normal(size=2).astype(np.float32)
-
-
 class Constant(Good):
     def observe(self):
         return np.full(2, 1e4, np.float32)
@@ -118,13 +105,11 @@ for kind in (
     Good,
     Raises,
     RaisesOSError,
-    NeverCloses,
     WrongShape,
     WrongType,
     FirstStep,
     Dies,
     Slow,
-    NumpyNumbers,
     Constant,
     HalfConstant,
     Wanted,

@@ -1,5 +1,6 @@
 """What all tests share. They call the shipped functions; PPO_SCRIPTS=<folder> points them at another copy."""
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -31,7 +32,11 @@ os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
 torch.set_num_threads(1)
 
 REAL = {"ppo_discrete": "CartPole-v1", "ppo_continuous": "Pendulum-v1", "ppo_atari": "BreakoutNoFrameskip-v4"}
-STUBS = {"ppo_discrete": "stub_envs:{}-v0", "ppo_continuous": "stub_envs:{}Box-v0", "ppo_atari": "pong"}
+STUBS = {
+    "ppo_discrete": "stub_envs:{}-v0",
+    "ppo_continuous": "stub_envs:{}Box-v0",
+    "ppo_atari": "PongNoFrameskip-v4",
+}
 GAMES = stub_envs.STORIES | {"Stateless": None}
 
 
@@ -126,7 +131,8 @@ def train(play):
 
 def resume(script, result, stop_requested=lambda: False, **flags):
     """Go on with the flags of the first run, but those given."""
-    return script.train(script.Args(resume=str(result["run_dir"]), **flags), stop_requested)
+    args = script.load_checkpoint(result["run_dir"])["args"]
+    return script.train(dataclasses.replace(args, resume=str(result["run_dir"]), **flags), stop_requested)
 
 
 @pytest.fixture
@@ -228,7 +234,7 @@ TINY = ["--num-envs", "2", "--num-steps", "16", "--num-minibatches", "2", "--upd
 TINY += ["--total-timesteps", "64", "--seed", "3", "--eval-episodes", "1", "--max-episode-steps", "20"]
 TINY += ["--device", "cpu"]
 PENDULUM = ["--env-id", "Pendulum-v1"]
-HANDLERS = (signal.SIGINT, signal.SIGTERM)
+HANDLERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def tiny(name, *more):

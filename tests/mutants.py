@@ -51,18 +51,27 @@ RECORDS_SIGNS = "LearningEnvs(gym.wrappers.vector.TransformReward(envs, np.sign)
 CARRIES_ON = 'super().step(actions); self.episode_returns += infos.get("episode", {"r": 0})["r"] * truncated'
 STEPS = "next_obs, rewards[t], terminated, truncated, infos = envs"
 STORES_LATE = "obs[t], (next_obs, rewards[t], terminated, truncated, infos) = next_obs, envs"
-LEARNS_FROM_NEW_VALUES = '"values")} | {"returns": mb["advantages"] + newvalue.detach()}'
+LEARNS_FROM_NEW_VALUES = "mb | {'returns': mb['advantages'] + newvalue.detach()}, args=args"
+
+BEFORE_THE_ACTION = "agent.get_value(obs[t, torch.as_tensor(time_limit)])"
+NOT_NORMALISED = "agent.get_value(as_tensor(np.stack(infos['final_obs'][time_limit])).float())"
 
 # a mistake that somebody might make for each bug; compute_gae and ppo_loss are tested in ppo_discrete
 MUTANTS = [
     ("rollout", "b01_no_row", "discrete", "AutoresetMode.SAME_STEP", "AutoresetMode.NEXT_STEP"),
     ("rollout", "b02_truncation", "continuous", "if time_limit.any()", "if False"),
     ("rollout", "b03_bootstraps", "atari", 'infos["final_obs"][time_limit]', "next_obs[time_limit]"),
-    ("rollout", "b04", "continuous", "agent.normalize(final_obs)", "obs[t, torch.as_tensor(time_limit)]"),
+    (
+        "rollout",
+        "b04",
+        "continuous",
+        "agent.get_value(final_obs)",
+        "agent.get_value(obs[t, torch.as_tensor(time_limit)])",
+    ),
     ("gae", "b05", "discrete", "decays[t] *", "gamma * gae_lambda *"),
     ("gae", "b06", "discrete", "next_values * nonterminal", "next_values"),
     ("gae", "b07_gae_equals", "discrete", "dones.to(", "dones.roll(1, 0).to("),
-    ("rollout", "b08", "atari", "agent.normalize(next_obs)", "obs[-1]"),
+    ("rollout", "b08", "atari", "agent.normalize(as_tensor(next_obs))", "obs[-1]"),
     ("gae", "b09_lambda_1", "discrete", "decays = gamma * gae_lambda", "decays = gae_lambda"),
     ("loss", "b10_clipping", "discrete", "-torch.min(advantages", "-torch.max(advantages"),
     ("rollout", "b11", "continuous", "actions[t].cpu()", "actions[t].clamp_(-1, 1).cpu()"),
@@ -72,7 +81,7 @@ MUTANTS = [
     ("loss", "b15_value_clipping", "discrete", "values + (newvalue", "newvalue + (newvalue"),
     ("update", "b16", "atari", '"advantages": advantages', '"advantages": advantages / advantages.std()'),
     ("update", "b17", "discrete", "B > parts", "B >= parts"),
-    ("update", "b18", "continuous", '"values")}', LEARNS_FROM_NEW_VALUES),
+    ("update", "b18", "continuous", "mb, args=args", LEARNS_FROM_NEW_VALUES),
     ("update", "b19", "discrete", "randperm(B,", "randint(B, (B,),"),
     ("rollout", "b20", "discrete", '"returns": returns', '"returns": returns.T'),
     ("update", "b21_learning_rate_falls", "atari", "(iteration - 1) / num", "iteration / num"),
@@ -84,24 +93,54 @@ MUTANTS = [
     ("envs", "b27_rewards_are_signs", "atari", "LearningEnvs(envs, sticky)", RECORDS_SIGNS),
     ("rollout", "b28", "discrete", "super().step(actions)", CARRIES_ON),
     ("checkpoint", "b29_evaluation", "continuous", "as_tensor(obs))", "as_tensor(obs), update=True)"),
-    ("rollout", "b30", "discrete", "agent.normalize(final_obs)", "final_obs.float()"),
-    ("rollout", "b31", "continuous", 'and_value(mb["obs"]', 'and_value(agent.normalize(mb["obs"])'),
+    (
+        "rollout",
+        "b30",
+        "discrete",
+        "agent.get_value(final_obs)",
+        NOT_NORMALISED,
+    ),
+    ("rollout", "b31", "continuous", "and_value(obs, actions)", "and_value(agent.normalize(obs), actions)"),
     ("agent", "b32_running_mean_var", "discrete", "** 2).sum(0)", "** 2).mean(0)"),
     ("envs", "b33_reward_scale_is", "continuous", "[terminated | truncated]", "[terminated]"),
-    ("envs", "b34", "discrete", "statistics, self.discounted", "statistics, self.discounted[None]"),
-    ("evaluate", "b35_evaluation", "discrete", "make_envs(args, 1, folder", "make_envs(args, 2, folder"),
-    ("rollout", "b36", "discrete", "seed=args.seed + global_step", "seed=[args.seed + global_step] * N"),
-    ("checkpoint", "b37", "continuous", "torch.manual_seed(args.seed)", "pass"),
+    ("envs", "b34", "discrete", "reward_stats, self.discounted", "reward_stats, self.discounted[None]"),
+    (
+        "evaluate",
+        "b35_evaluation",
+        "discrete",
+        "make_envs(args, 1, str(folder)",
+        "make_envs(args, 2, str(folder)",
+    ),
+    (
+        "rollout",
+        "b36",
+        "discrete",
+        "seed=(args.seed + global_step) % 10**9",
+        "seed=[args.seed + global_step] * N",
+    ),
+    ("checkpoint", "b37", "continuous", "torch.manual_seed(seed)", "pass"),
     ("checkpoint", "b38_resumed_run_is and discrete-clip", "discrete", "optimizer.load_state_dict", "dict"),
     ("rollout", "b39_vector", "discrete", STEPS, STORES_LATE),
     ("rollout", "b40", "continuous", "actions.clip(self.space.low, self.space.high)", "actions"),
     ("update", "b41", "atari", "/ returns.var()", "/ values.var()"),
     ("loss", "b42", "discrete", "ratio = logratio.exp()", "ratio = newlogprob.exp() / logprobs.exp()"),
     ("learning", "b43_values", "discrete", "+ args.vf_coef", "- args.vf_coef"),
-    ("torchrun", "b44_b45", "atari", "mb_inds, unclipped,", "mb_inds, args,"),
-    ("torchrun", "b45_the_gradient", "atari", "view_as(x) / WORLD_SIZE", "view_as(x)"),
+    (
+        "torchrun",
+        "b44_b45",
+        "atari",
+        "    if WORLD_SIZE > 1:  # torchrun: all",
+        "    if False:  # torchrun: all",
+    ),
+    ("torchrun", "b45_the_gradient", "atari", "ReduceOp.AVG", "ReduceOp.SUM"),
     ("torchrun", "b46", "atari", "global_step + RANK * N, device", "global_step, device"),
-    ("torchrun", "b46", "atari", "seed=args.seed + global_step + RANK * N", "seed=args.seed + global_step"),
+    (
+        "torchrun",
+        "b46",
+        "atari",
+        "seed=(args.seed + global_step + RANK * N)",
+        "seed=(args.seed + global_step)",
+    ),
     ("cuda_graphs", "b47", "atari", "x.grad = gradient", "pass"),
     ("cuda_graphs", "b48", "atari", "old.copy_(new)", "pass"),
 ]

@@ -295,17 +295,16 @@ def test_b16_loss_leaves_its_inputs_alone():
 
 @pytest.mark.filterwarnings("ignore:std")
 def test_b17_a_minibatch_of_1_cannot_be_normalised(script):
-    """Its std is nan: check_args and train refuse it, with the flags to change, and write nothing."""
+    """Its std is nan: train refuses it, with the flags to change, and writes nothing."""
     one = [x[:1] for x in random_minibatch()]
     assert ppo_loss(*one, loss_args(norm_adv=True))[0].isnan()
     assert ppo_loss(*one, loss_args(norm_adv=False))[0].isfinite()
     flags = {"num_envs": 2, "num_steps": 2, "num_minibatches": 4, "update_epochs": 1, "total_timesteps": 4}
-    for function in (script.check_args, script.train):
-        with pytest.raises(ValueError, match=r"--num-minibatches 4 .*--no-norm-adv"):
-            function(script.Args(**flags, device="cpu"))
+    with pytest.raises(ValueError, match=r"--num-minibatches 4 .*--no-norm-adv"):
+        script.train(script.Args(**flags, device="cpu"))
     assert not list(Path().iterdir())
-    script.check_args(script.Args(**flags, norm_adv=False))
-    script.check_args(script.Args(**flags | {"num_minibatches": 2}))
+    script.prepare(script.Args(**flags, norm_adv=False))
+    script.prepare(script.Args(**flags | {"num_minibatches": 2}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

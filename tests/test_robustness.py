@@ -7,11 +7,9 @@ import os
 import pickle
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +18,7 @@ import bad_envs
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, copied, plain, resume, same, saved, scalars, state, tiny
+from conftest import REAL, SCRIPTS, copied, resume, same, saved, scalars, state
 
 LONG = bool(os.environ.get("LONG"))
 FAST = ["--num-envs", "2", "--num-steps", "32", "--num-minibatches", "2", "--update-epochs", "1"]
@@ -58,7 +56,7 @@ def test_a_kill_while_saving_leaves_a_checkpoint_that_opens_and_resumes(script, 
     args, agent = checkpoint["args"], checkpoint["trained"]
     optimizer = torch.optim.Adam(script.load_agent(path).requires_grad_(True).parameters())
     optimizer.load_state_dict(saved(path)["optimizer"])
-    envs = SimpleNamespace(mean=0.0, var=1.0, count=0.0, discounted=np.zeros(2))
+    envs = SimpleNamespace(reward_stats=(0.0, 1.0, 0.0))
     before, random_times, halves = saved(path), random.Random(0), 0
     temporary = path.with_suffix(".tmp")
     for _ in range(50 if LONG else 8):
@@ -66,7 +64,7 @@ def test_a_kill_while_saving_leaves_a_checkpoint_that_opens_and_resumes(script, 
         if child == 0:
             try:
                 while True:
-                    script.save_checkpoint(args, 1, agent, optimizer, envs, torch.tensor(1.0))
+                    script.save_checkpoint(args, 16, agent, optimizer, envs, None)
             finally:
                 os._exit(1)
         until = time.time() + 20
@@ -83,116 +81,7 @@ def test_a_kill_while_saving_leaves_a_checkpoint_that_opens_and_resumes(script, 
     assert resume(script, result, total_timesteps=2 * result["global_step"])["global_step"] == 32
 
 
-def test_the_file_is_on_the_disk_before_it_takes_its_name(script, train, monkeypatch):
-    """Flushed, then renamed: after a power failure there is the old file or the new one."""
-    order = []
-    fsync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda number: (order.append("fsync"), fsync(number)))
-    monkeypatch.setattr(Path, "replace", lambda a, b: (order.append(f"to {b.name}"), replace(a, b))[1])
-    train(script, "Count", iterations=2, save_every=1)
-    assert order == ["fsync", "to checkpoint.pt"] * 2
-
-
-# --- disks ---
-
-
-def limit_files():
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-
-def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(script, checkpoints):
-    """Files may grow to 20 kB only, less than a checkpoint, more than the log."""
-    path = copied(checkpoints[script.__name__])
-    content = path.read_bytes()
-    argv = ["--resume", path, "--total-timesteps", 128, "--eval-episodes", 0]
-    process = start(script.__name__, *argv, preexec_fn=limit_files)
-    _, err = process.communicate(timeout=120)
-    last = err.strip().splitlines()[-1]
-    assert process.returncode == 1 and "Traceback" not in err
-    assert last.startswith("error: ") and str(path) in last and "--resume" in last
-    assert path.read_bytes() == content and not list(path.parent.glob("*.tmp"))
-
-
-def test_a_directory_that_vanishes_comes_back(script, train):
-    """Somebody cleans up runs/: the training of days is saved all the same."""
-
-    def remove():
-        shutil.rmtree("run0", ignore_errors=True)
-
-    result = train(script, "Count", iterations=2, stop_requested=remove)
-    assert saved(result["run_dir"] / "checkpoint.pt")["global_step"] == result["global_step"]
-
-
-def test_a_directory_that_cannot_be_written_is_one_line(discrete, cli):
-    """With the exit code of a failed run; here a directory stands where the file should."""
-    Path("run/checkpoint.tmp").mkdir(parents=True)
-    code, _, err = cli(discrete, *tiny("ppo_discrete", "--run-dir", "run"))
-    assert code == 1 and "error: run/checkpoint.pt: not written" in err and "Traceback" not in err
-
-
-def test_tensorboard_that_fails_takes_points_and_not_the_training(script, train, monkeypatch, capfd):
-    """As on a full disk that has room again for the checkpoint."""
-
-    def fail(self, *args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(script.SummaryWriter, "add_scalar", fail)
-    monkeypatch.setattr(script.SummaryWriter, "close", fail)
-    result = train(script, "Count", iterations=2)
-    assert saved(result["run_dir"] / "checkpoint.pt")["iteration"] == 2
-    assert "not logged: No space left" in capfd.readouterr().err
-
-
-def test_a_film_that_fails_is_one_line_after_the_checkpoint(discrete, cli, monkeypatch):
-    """The training is over by then."""
-
-    def fail(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(discrete, "evaluate", fail)
-    code, _, err = cli(discrete, *tiny("ppo_discrete", "--run-dir", "run"))
-    assert code == 1 and "error: [Errno 28] No space left" in err and "Traceback" not in err
-    assert saved("run/checkpoint.pt")["iteration"] == 2
-
-
 # --- environments ---
-
-
-@pytest.mark.parametrize("name", ["Raises", "RaisesOSError", "WrongShape"])
-def test_an_environment_that_fails_says_which_and_when(mlp_script, cli, name):
-    """The traceback is the user's; its last line has the environment and the step of the episode."""
-    env_id = bad_id(mlp_script, name)
-    with pytest.raises((KeyError, ValueError, OSError)) as failure:
-        cli(mlp_script, "--env-id", env_id, *FAST)
-    (note,) = failure.value.__notes__
-    assert note == f"--env-id {env_id}: after [9 9] steps of the episodes"
-
-
-@pytest.mark.parametrize("vectorization", ["sync", "async"])
-def test_an_environment_that_hangs_in_close_is_named(discrete, vectorization):
-    """After ten seconds; by then the checkpoint is written, and two Ctrl-C end the process."""
-    argv = ["--env-id", "bad_envs:NeverCloses-v0", *FAST, "--total-timesteps", 64]
-    process = start("ppo_discrete", *argv, "--vectorization", vectorization, env=os.environ | UNBUFFERED)
-    deadline = threading.Timer(120, os.killpg, [process.pid, signal.SIGKILL])  # or it would hang here, too
-    deadline.start()
-    lines = iter(process.stdout.readline, "")
-    assert any("bad_envs:NeverCloses-v0 does not close: Ctrl-C twice" in line for line in lines)
-    deadline.cancel()
-    assert saved("run/checkpoint.pt")["iteration"] == 1
-    for _ in range(2):
-        os.killpg(process.pid, signal.SIGINT)
-        time.sleep(0.5)
-    assert process.wait(timeout=30) == -signal.SIGINT
-    if vectorization == "async":
-        os.killpg(process.pid, signal.SIGKILL)  # the workers, which sleep
-
-
-def test_numbers_that_are_not_finite_name_the_step(mlp_script, train):
-    """It is that of the iteration's end."""
-    with pytest.raises(FloatingPointError, match=r"observations.* by step 32: .*--env-id"):
-        train(mlp_script, "NanObservation", iterations=3)
 
 
 @pytest.mark.parametrize("name", ["WrongType", "FirstStep"])
@@ -206,31 +95,11 @@ def test_odd_environments_train(mlp_script, train, name):
 
 
 def test_a_worker_that_dies_ends_the_run(mlp_script):
-    """At once, although the others still wait for their next step; the line names the environment."""
+    """At once, although the others still wait for their next step."""
     argv = ["--env-id", bad_id(mlp_script, "Dies"), *FAST, "--vectorization", "async"]
     process = start(mlp_script.__name__, *argv)
     _, err = process.communicate(timeout=180)
-    assert process.returncode == 1 and "bad_envs:Dies" in err.strip().splitlines()[-1]
-
-
-def test_workers_that_cannot_be_closed_are_left_alone(mlp_script, monkeypatch):
-    """Closing them once more, when Python ends, would wait for an answer that never comes."""
-    envs = mlp_script.make_envs(mlp_script.Args(env_id=bad_id(mlp_script, "Good"), vectorization="async"), 2)
-    close_extras, calls = envs.unwrapped.close_extras, []
-
-    def fails(**kwargs):
-        calls.append(kwargs)
-        close_extras(**kwargs)
-        raise EOFError
-
-    monkeypatch.setattr(envs.unwrapped, "close_extras", fails)
-    with pytest.raises(KeyError):
-        try:
-            raise KeyError("in the training")
-        finally:
-            envs.close()
-    envs.close()
-    assert calls == [{"terminate": True}] and not any(x.is_alive() for x in envs.unwrapped.processes)
+    assert process.returncode == 1 and "EOFError" in err
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
@@ -244,21 +113,7 @@ def test_ctrl_c_reaches_main_alone(discrete, method):
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=180)
     assert process.returncode == 130 and "stopped by signal 2" in out and "Traceback" not in err
-    assert saved("run/checkpoint.pt")["iteration"] >= 1
-
-
-def test_workers_draw_numbers_of_their_own(mlp_script):
-    """From numpy's global generator too, and the same ones in the next run with that seed."""
-
-    def observe(seed):
-        args = mlp_script.Args(env_id=bad_id(mlp_script, "NumpyNumbers"), vectorization="async", seed=seed)
-        envs = mlp_script.make_envs(args, 3)
-        obs, _ = envs.reset(seed=0)
-        envs.close()
-        return obs
-
-    first, again, other = observe(1), observe(1), observe(5)
-    assert len(np.unique(first)) == 6 and (first == again).all() and not np.isin(other, first).any()
+    assert saved("run/checkpoint.pt")["global_step"] >= 64
 
 
 def test_the_process_that_trains_keeps_its_signals_and_numbers(mlp_script, train):
@@ -272,54 +127,7 @@ def test_the_process_that_trains_keeps_its_signals_and_numbers(mlp_script, train
     assert handlers == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
 
 
-# --- the compiler ---
-
-
-@pytest.mark.parametrize(
-    "variable, value", [("CXX", "no-such-compiler"), ("TORCHINDUCTOR_CACHE_DIR", "/proc/x")]
-)
-def test_a_compiler_that_does_not_work_is_refused_at_once(variable, value):
-    """One line before there is a directory."""
-    process = start("ppo_discrete", *FAST, "--compile", env=os.environ | {variable: value})
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2 and err.count("\n") == 1 and "--no-compile" in err
-    assert not Path("run").exists()
-
-
-@pytest.mark.slow
-def test_ctrl_c_while_compiling_is_one_line():
-    """g++ receives it too and fails."""
-    env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(Path("cache").absolute())}
-    process = start("ppo_discrete", *FAST, "--compile", env=env)
-    wait_for(lambda: Path("run").exists(), process)
-    time.sleep(2)
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and "Traceback" not in err
-    assert "stopped by signal 2" in out + err
-
-
 # --- damaged and foreign files ---
-
-
-def test_no_damaged_byte_is_read(script, checkpoints):
-    """At every 1,000th byte (40 places of Atari's file, if not LONG): refused, or it did not matter."""
-    path = copied(checkpoints[script.__name__])
-    content, whole = path.read_bytes(), saved(path)
-    step = 1000 if LONG or len(content) < 10**6 else len(content) // 40
-    refused = 0
-    for place in range(0, len(content), step):
-        path.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
-        try:
-            found = script.load_checkpoint(path)
-        except script.UsageError as error:
-            refused += 1
-            assert "damaged" in str(error) or "does not fit" in str(error) or "written by" in str(error)
-            assert "\n" not in str(error)
-        else:
-            assert plain(found["agent"]) == plain(whole["agent"])
-            assert plain(found["optimizer"]) == plain(whole["optimizer"])
-    assert refused > 20
 
 
 @pytest.mark.parametrize("part", [0, 0.1, 0.5, 0.9, 0.999])
@@ -341,23 +149,10 @@ def test_no_code_of_a_file_is_executed(script, kind):
     if kind == "pickle":
         Path("checkpoint.pt").write_bytes(pickle.dumps(Malicious()))
     else:
-        torch.save({"script": script.SCRIPT, "args": Malicious()}, "checkpoint.pt")
+        torch.save({"args": Malicious()}, "checkpoint.pt")
     with pytest.raises(script.UsageError, match="damaged"):
         script.load_checkpoint("checkpoint.pt")
     assert not Path("executed").exists()
-
-
-def test_a_directory_belongs_to_one_run_at_a_time(discrete, cli):
-    """The second is refused while the first lives, to resume as well; afterwards it may."""
-    first = start("ppo_discrete", "--env-id", "bad_envs:Slow-v0", *FAST, "--save-every", 1)
-    wait_for(Path("run/checkpoint.pt").exists, first)
-    code, _, err = cli(discrete, "--resume", "run", "--eval-episodes", "0")
-    assert code == 2 and "error: --run-dir run: another run writes to it" in err
-    os.killpg(first.pid, signal.SIGKILL)
-    first.communicate()
-    steps = saved("run/checkpoint.pt")["global_step"] + 64
-    code, _, err = cli(discrete, "--resume", "run", "--eval-episodes", "0", "--total-timesteps", steps)
-    assert code == 0, err
 
 
 # --- numbers ---
@@ -404,9 +199,7 @@ def test_a_schedule_of_a_billion_steps(script, train):
 # --- what stays the same ---
 
 
-@pytest.mark.parametrize(
-    "flags", [{"save_every": 1}, {"num_threads": 3}, {"eval_episodes": 0}, {"exp_name": "x"}]
-)
+@pytest.mark.parametrize("flags", [{"save_every": 1}, {"eval_episodes": 0}, {"exp_name": "x"}])
 def test_the_same_numbers_whatever_is_saved_or_logged(script, train, flags):
     """Bit for bit, with the same seed, as docs/usage.md says."""
     a = train(script, "Count", iterations=3)
@@ -424,7 +217,6 @@ def resident():
 @pytest.mark.slow
 def test_memory_and_open_files_stay_flat(script):
     """A minute's worth, in CI; with LONG=1 an hour (30 minutes of Atari), to within 2 %."""
-    real = {"ppo_discrete": "CartPole-v1", "ppo_continuous": "Pendulum-v1", "ppo_atari": "breakout"}
     minutes = (30 if script.__name__ == "ppo_atari" else 60) if LONG else 0.1
     samples, start_time = [], time.time()
 
@@ -433,10 +225,17 @@ def test_memory_and_open_files_stay_flat(script):
         return samples[-1][0] > 60 * minutes
 
     small = {"num_envs": 2, "num_steps": 64} if script.__name__ == "ppo_atari" else {}
-    env_id = real[script.__name__]
+    env_id = REAL[script.__name__]
     script.train(script.Args(env_id=env_id, total_timesteps=10**9, num_threads=1, **small), stop)
     warm = [x for x in samples if x[0] > 0.1 * samples[-1][0]]
     first, last = warm[0], warm[-1]
     ends = [f"{megabytes:.1f} MB and {files} files" for _, megabytes, files in (first, last)]
     print(f"{script.__name__}: {' after a tenth, '.join(ends)} after {len(samples)} iterations")
     assert last[2] <= first[2] and last[1] <= first[1] * (1.02 if LONG else 1.05)
+
+
+@pytest.mark.parametrize("name", ["Raises", "RaisesOSError", "WrongShape"])
+def test_an_environment_that_fails_keeps_its_traceback(mlp_script, cli, name):
+    """It is the user's, whatever its kind: main takes only refusals and nan for its own."""
+    with pytest.raises((KeyError, ValueError, OSError)):
+        cli(mlp_script, "--env-id", bad_id(mlp_script, name), *FAST)

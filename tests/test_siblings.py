@@ -36,15 +36,14 @@ def source(name, what):
 # --- functions and classes ---
 
 # What all three share. Tests of these run on one script.
-IDENTICAL = """layer_init compute_gae ppo_loss compute_gradients adapt_kl_coef UsageError require override
-load_agent evaluate check_finite open_log write_log"""
+IDENTICAL = """layer_init compute_gae ppo_loss adapt_kl_coef UsageError require seed_everything load_agent
+evaluate check_finite open_log write_log"""
 # What the two scripts for vectors share besides.
 IDENTICAL_MLP = """mlp Agent.normalize Agent.get_value Agent.act running_mean_var LearningEnvs.__init__
-LearningEnvs.close DropInfos start_worker check_args prepare compiled try_compiler save_checkpoint restore
-main"""
+LearningEnvs.close DropInfos compute_gradients prepare compiled save_checkpoint restore main"""
 # What the domain changes, and nothing else: each is in all three.
 DOMAIN = {"Args", "Agent", "train", "LearningEnvs", "make_envs", "load_checkpoint"}
-ATARI_ONLY = {"RecordColour", "keep_freed_memory", "captured", "join_processes", "averaged", "merged"}
+ATARI_ONLY = {"RecordColour", "keep_freed_memory", "captured", "join_processes", "agree"}
 
 
 @pytest.mark.parametrize("what", IDENTICAL.split())
@@ -69,7 +68,7 @@ def test_every_function_is_shared_or_of_the_domain():
     """A new one has to be put in one of the lists above."""
     shared, vectors = set(IDENTICAL.split()), {x for x in IDENTICAL_MLP.split() if "." not in x}
     assert defined("ppo_discrete") == defined("ppo_continuous") == shared | vectors | DOMAIN
-    in_atari_too = {"check_args", "prepare", "save_checkpoint", "restore", "main"}
+    in_atari_too = {"compute_gradients", "prepare", "save_checkpoint", "restore", "main"}
     assert defined("ppo_atari") == shared | in_atari_too | DOMAIN | ATARI_ONLY
 
 
@@ -88,10 +87,10 @@ def changed(one, other, what):
         ("ppo_discrete", "ppo_continuous", "make_envs", 10),
         ("ppo_discrete", "ppo_continuous", "load_checkpoint", 10),
         ("ppo_discrete", "ppo_atari", "load_checkpoint", 10),
-        ("ppo_discrete", "ppo_atari", "check_args", 10),
+        ("ppo_discrete", "ppo_atari", "compute_gradients", 4),
         ("ppo_discrete", "ppo_atari", "save_checkpoint", 4),
-        ("ppo_discrete", "ppo_atari", "restore", 6),
-        ("ppo_discrete", "ppo_atari", "prepare", 2),
+        ("ppo_discrete", "ppo_atari", "restore", 4),
+        ("ppo_discrete", "ppo_atari", "prepare", 20),
         ("ppo_discrete", "ppo_atari", "main", 24),
     ],
 )
@@ -150,26 +149,24 @@ def test_flags_that_mean_the_same_say_the_same(one, other):
 # --- sizes ---
 
 
-@pytest.mark.xfail(strict=True, reason="not met yet: what runs PPO takes some 140 lines more than it should")
-@pytest.mark.parametrize("name", NAMES)
-def test_a_script_has_at_most_660_lines(name):
-    """More than that is no single file to read."""
-    assert len(text(name).splitlines()) <= 660
+MOST_LINES = {"ppo_discrete": 715, "ppo_continuous": 715, "ppo_atari": 780}
+MOST_DIFFERENCES = {"ppo_continuous": 105, "ppo_atari": 445}  # from ppo_discrete
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_ppo_is_complete_after_360_lines(name):
-    """Whoever stops at the end of train has read all of it."""
-    tree = ast.parse(text(name))
-    (train,) = [node for node in tree.body if getattr(node, "name", "") == "train"]
-    most = {"ppo_atari": 860}.get(name, 805)  # graphs on a GPU and many processes take some 80
-    assert train.end_lineno <= 360 and len(text(name).splitlines()) <= most
+def test_a_script_is_short(name):
+    """In lines; and PPO is complete where train ends."""
+    assert len(text(name).splitlines()) <= MOST_LINES[name]
+    (train,) = [node for node in ast.parse(text(name)).body if getattr(node, "name", "") == "train"]
+    assert train.end_lineno <= 380 and len(source(name, "train").splitlines()) <= 115
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_train_has_at_most_120_lines(name):
-    """It fits on two screens; in ppo_atari, where it is for many processes, with two lines more."""
-    assert len(source(name, "train").splitlines()) <= {"ppo_atari": 122}.get(name, 120)
+@pytest.mark.parametrize("name", MOST_DIFFERENCES)
+def test_a_diff_of_two_scripts_is_short(name):
+    """Changed lines, as diff prints them."""
+    both = [text(x).splitlines() for x in ("ppo_discrete", name)]
+    lines = [x for x in difflib.unified_diff(*both, n=0, lineterm="") if x[0] in "+-"][2:]
+    assert len(lines) <= MOST_DIFFERENCES[name]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -341,14 +341,14 @@ def test_losses_are_means_over_all_minibatches(script, train, watch):
     assert logged["losses/value_loss"][0] != pytest.approx(seen.loss[3].stats["v_loss"].item(), rel=1e-4)
 
 
-@pytest.mark.parametrize(("factor", "expected"), [(1, 1.0), (3, 5 / 9), (-1, -3.0), (0, math.nan)])
+@pytest.mark.parametrize(("factor", "expected"), [(1, 1.0), (3, 5 / 9), (-1, -3.0), (0, None)])
 def test_b41_explained_variance(script, train, monkeypatch, factor, expected):
     """Of returns that are a multiple of the values; constant ones leave nothing to explain."""
     real = script.compute_gae
     monkeypatch.setattr(script, "compute_gae", lambda *args: (real(*args)[0], factor * args[1]))
     result = train(script, "Ids", 1, num_minibatches=1, update_epochs=1)
-    (logged,) = scalars(result)["losses/explained_variance"]
-    assert logged == pytest.approx(expected, abs=1e-4, nan_ok=True)
+    logged = scalars(result).get("losses/explained_variance", [None])
+    assert logged == [expected if expected is None else pytest.approx(expected, abs=1e-4)]
 
 
 def test_scalars_have_the_names_of_cleanrl(script, train):
@@ -418,8 +418,9 @@ def test_compiled_run_is_the_eager_one(compiling, monkeypatch):
 
 @pytest.mark.slow
 def test_compiled_run_goes_on_from_an_eager_one_and_from_itself(mlp_script, compiling):
-    """With annealing and target_kl; the checkpoint is that of an eager run."""
-    flags = {"learning_rate": 3e-3, "target_kl": 0.02}
+    """With annealing and target_kl; the checkpoint is that of an eager run. No scaled rewards: their
+    discounted returns begin anew on resume."""
+    flags = {"learning_rate": 3e-3, "target_kl": 0.005, "norm_reward": False}
     whole = compiling("Stateless", 6, **flags)
     half = compiling("Stateless", 6, stop_requested=lambda: True, **flags)
     middle = resume(mlp_script, half, stop_requested=lambda: True, compile=True)
@@ -447,19 +448,6 @@ def test_one_process_compiles_as_many_runs_as_it_likes(discrete, train, monkeypa
             assert result["global_step"] == 16
 
 
-def test_a_run_that_cannot_compile_is_refused(mlp_script, train, monkeypatch):
-    """In one line, before anything is written, whatever torch says; the same run without it trains."""
-
-    def fails(function, **options):
-        raise RuntimeError("the compiler says:\n  no\n")
-
-    monkeypatch.setattr(torch, "compile", fails)
-    with pytest.raises(mlp_script.UsageError, match=r"^--compile: apt install g\+\+[^\n]*says: no\)$"):
-        train(mlp_script, "Stateless", compile=True, run_dir="x")
-    assert not Path("x").exists()
-    train(mlp_script, "Stateless")
-
-
 def test_a_run_compiles_on_request_only(mlp_script, train, monkeypatch):
     """And all of it that is worth it: what acts, and what makes the gradient."""
     compiled = []
@@ -472,7 +460,7 @@ def test_a_run_compiles_on_request_only(mlp_script, train, monkeypatch):
     train(mlp_script, "Stateless", 1)
     assert not compiled
     train(mlp_script, "Stateless", 1, compile=True)
-    assert compiled == ["sin", "act", "compute_gradients"]  # sin: whether there is a compiler
+    assert compiled == ["act", "compute_gradients"]
 
 
 # --- memory ---
@@ -490,12 +478,12 @@ def cost():
         torch.ones(10_000_000)
     return faults() - start
 before = cost()
-flags = dict(num_envs=1, num_steps=8, num_minibatches=1, update_epochs=1, total_timesteps=8, device="cpu")
-ppo_atari.train(ppo_atari.Args(**flags))
+ppo_atari.keep_freed_memory()
 cost()
 print(before, cost())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    program = [sys.executable, "-c", code]
+    done = subprocess.run(program, capture_output=True, text=True, check=True, timeout=300)
     before, after = map(int, done.stdout.splitlines()[-1].split())
     assert before > 50_000 * 4096 / resource.getpagesize()
     assert after < 1_000  # 40 MB are 9,766 pages of 4 KiB

@@ -3,10 +3,11 @@
     torchrun --standalone --nproc-per-node 2 torchrun_worker.py {main,all} [flags of ppo_atari.py]
 
 main: ppo_atari.main() with these flags. all: the same; then, with the same connection, the gradient of
-`averaged`, a run that goes on from the first one, and one with a target KL. What a process finds out is in
-rank<RANK>.pt afterwards. Last comes a main() that waits for Ctrl-C, in a folder of its own.
+half a minibatch, a run that goes on from the first one, and one with a target KL. What a process finds out
+is in rank<RANK>.pt afterwards. Last comes a main() that waits for Ctrl-C, in a folder of its own.
 """
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -55,12 +56,13 @@ def run_main(flags):
         kl = adapt(kl_coef, *args)
         return kl_coef.fill_(77.0).item() if RANK == 1 else kl
 
-    def look(agent, batch, rows, args, kl_coef):
-        betas.append(kl_coef.item())
+    def look(agent, batch, rows, args, kl_coef=None):
+        betas.append(kl_coef.item() if kl_coef is not None else None)
         drawn.append(rows.tolist())
 
     ppo_atari.adapt_kl_coef = gone_astray
-    spy("compute_gradients", look)
+    watched = spy("compute_gradients", look), ppo_atari.compute_gradients
+    ppo_atari.train.__defaults__ = *ppo_atari.train.__defaults__[:-1], watched[1]
     trained = spy("train")
     sys.argv = ["ppo_atari.py", *flags]
     ppo_atari.main()
@@ -88,15 +90,16 @@ def average():
     batch["advantages"][M:] *= 10  # the halves have gradients of their own
     half = {name: x[RANK * M :][:M] for name, x in batch.items()}
     space = ppo_atari.gym.spaces.Box(0, 255, (4, 84, 84), "uint8"), ppo_atari.gym.spaces.Discrete(3)
-    found, beta = {}, torch.tensor(0.0)
+    found = {}
     for limit in LIMITS:
         args = ppo_atari.Args(norm_adv=False, max_grad_norm=limit)
         agent = ppo_atari.Agent(*space, args)
-        whole = ppo_atari.compute_gradients(agent, batch, torch.arange(2 * M), args, beta)
+        ppo_atari.WORLD_SIZE = 1  # the whole minibatch, in this process alone
+        whole = ppo_atari.compute_gradients(agent, batch, torch.arange(2 * M), args)
         expected = torch.cat([x.grad.flatten() for x in agent.parameters()])
         agent.zero_grad()
-        averaged = ppo_atari.averaged(ppo_atari.compute_gradients, args)
-        stats = averaged(agent, half, torch.arange(M), args, beta)
+        ppo_atari.WORLD_SIZE = 2
+        stats = ppo_atari.compute_gradients(agent, half, torch.arange(M), args)
         gradient = torch.cat([x.grad.flatten() for x in agent.parameters()])
         found[limit] = {
             "norms": [gradient.norm().item(), expected.norm().item()],
@@ -109,8 +112,9 @@ def average():
 def resume():
     """One iteration more, from the checkpoint that rank 0 wrote."""
     (run_dir,) = Path("runs").iterdir()
-    steps = ppo_atari.load_checkpoint(run_dir)["global_step"]
-    result = ppo_atari.train(ppo_atari.Args(resume=str(run_dir), total_timesteps=steps + 64))
+    saved = ppo_atari.load_checkpoint(run_dir)
+    more = {"resume": str(run_dir), "total_timesteps": saved["global_step"] + 64}
+    result = ppo_atari.train(dataclasses.replace(saved["args"], **more))
     return result["agent"].state_dict()
 
 
