@@ -165,17 +165,21 @@ def peak_mb():
 
 
 def measure_ours(script, args, job):
-    """train() as it is; the clock reads what it logs, which older checkouts log, too."""
+    """train() as it is; the clock sees where advantages begin and what is logged."""
     clock = Clock(job, args.num_envs * args.num_steps)
 
     class Writer(script.SummaryWriter):
         def add_scalar(self, key, value, step):
             super().add_scalar(key, value, step)
-            if key == "charts/SPS_update":  # once per iteration, right after the update ended
-                clock.rollout_ended(time.perf_counter() - clock.batch / value)
+            if key == "charts/SPS":  # once per iteration
                 clock.iteration_ended()
 
+    def advantages(*args):
+        clock.rollout_ended(time.perf_counter())
+        return compute_gae(*args)
+
     make_envs, script.SummaryWriter = script.make_envs, Writer
+    compute_gae, script.compute_gae = script.compute_gae, advantages
     script.make_envs = lambda *args: clock.watch(make_envs(*args))
     script.train(args)
 
