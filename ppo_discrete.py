@@ -30,7 +30,7 @@ import sys
 import time
 from contextlib import closing, contextmanager
 from functools import partial
-from importlib import import_module, util
+from importlib import util
 from pathlib import Path
 from typing import Literal
 
@@ -48,48 +48,48 @@ class Args:
     # --- PPO ---
     total_timesteps: int = 500_000  # of all environments together
     learning_rate: float = 2.5e-4  # Adam's step size
-    anneal_lr: bool = True  # lower the learning rate linearly, almost to 0 at the end
+    anneal_lr: bool = True  # lower it linearly, almost to 0 at the end
     num_envs: int = 4  # environments that step together
     num_steps: int = 128  # steps of each environment per iteration
     num_minibatches: int = 4  # minibatches per epoch
     update_epochs: int = 4  # passes over the batch per iteration
     gamma: float = 0.99  # discount factor
-    gae_lambda: float = 0.95  # lambda of GAE; 1: rewards-to-go minus V, 0: TD error
+    gae_lambda: float = 0.95  # of GAE; 1: rewards-to-go minus V, 0: TD error
     norm_adv: bool = True  # normalise advantages in each minibatch
     clip_coef: float = 0.2  # epsilon of the clipped objective and values
-    clip_vloss: bool = True  # clip the value loss too (baselines; not in the paper)
+    clip_vloss: bool = True  # clip the value loss too; not in the paper
     ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss, which has its own 1/2
     max_grad_norm: float = 0.5  # limit of the gradient's norm; 0: off
-    target_kl: float = 0.0  # end an update at an approximate KL above this; 0: off
-    objective: Literal["clip", "kl-penalty"] = "clip"  # what bounds the policy's step
-    kl_penalty_coef: float = 1.0  # kl-penalty: coefficient at the start; it adapts
+    target_kl: float = 0.0  # end an update beyond this approximate KL; 0: off
+    objective: Literal["clip", "kl-penalty"] = "clip"  # what bounds a step
+    kl_penalty_coef: float = 1.0  # kl-penalty: coefficient at first; it adapts
     kl_penalty_target: float = 0.01  # kl-penalty: KL(old || new) it steers to
 
     # --- network ---
-    hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers, actor and critic alike
-    activation: Literal["tanh", "relu", "elu", "gelu"] = "tanh"  # after each hidden layer
-    norm_obs: bool = False  # by their running mean and std, clipped to [-10, 10]
+    hidden_sizes: tuple[int, ...] = (64, 64)  # of the hidden layers
+    activation: Literal["tanh", "relu", "elu", "gelu"] = "tanh"  # after each
+    norm_obs: bool = False  # by running mean and std, clipped to [-10, 10]
 
     # --- environment ---
-    env_id: str = "CartPole-v1"  # gymnasium id; package:Env-v0 imports package first
-    max_episode_steps: int = 0  # time limit in place of the environment's own; 0: its own
+    env_id: str = "CartPole-v1"  # package:Env-v0 imports package first
+    max_episode_steps: int = 0  # 0: the environment's own time limit
     vectorization: Literal["sync", "async"] = "sync"  # async: a process each
-    norm_reward: bool = False  # by the running std of the discounted return, clipped
+    norm_reward: bool = False  # by running std of discounted return, clipped
 
     # --- this run ---
     exp_name: str = "ppo_discrete"  # part of the run directory's name
     seed: int = 1  # of torch, numpy, random and the environments
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cpu, faster for small nets
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cpu
     num_threads: int = 1  # CPU threads of torch; 0: torch's choice
-    torch_deterministic: bool = True  # on CUDA: only deterministic cuDNN kernels
-    compile: bool = False  # torch.compile, needs g++: a later start, then faster
-    run_dir: str = ""  # where to write; empty: runs/<env>__<exp>__<seed>__<time>
+    torch_deterministic: bool = True  # on CUDA: deterministic cuDNN kernels
+    compile: bool = False  # torch.compile, needs g++: faster after a minute
+    run_dir: str = ""  # empty: runs/<env>__<exp>__<seed>__<time>
     save_every: int = 50  # iterations between checkpoints
-    resume: str = ""  # run directory or checkpoint to go on with, with its flags
-    evaluate: str = ""  # run directory or checkpoint to evaluate, not train
+    resume: str = ""  # run directory to go on with, with its flags
+    evaluate: str = ""  # run directory to evaluate, not train
     eval_episodes: int = 10  # of --evaluate and after training; 0: none
-    deterministic: bool = False  # evaluate the most probable actions, not samples
+    deterministic: bool = False  # evaluate most probable actions, not samples
     capture_video: bool = False  # film the first evaluated episode
     track: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project_name: str = "ppo"  # project for --track
@@ -121,7 +121,8 @@ def running_mean_var(mean, var, count, batch):
     weight = len(batch) / total
     batch_mean = batch.sum(0) / len(batch)
     delta = batch_mean - mean
-    squares = var * count + ((batch - batch_mean) ** 2).sum(0) + delta**2 * (count * weight)
+    squares = ((batch - batch_mean) ** 2).sum(0)
+    squares = var * count + squares + delta**2 * (count * weight)
     return mean + delta * weight, squares / total, total
 
 
@@ -133,12 +134,14 @@ class Agent(nn.Module):
         obs_dim = observation_space.shape[0]
         self.critic = mlp(obs_dim, 1, 1.0, args)
         self.multi = isinstance(action_space, gym.spaces.MultiDiscrete)
-        num_actions = torch.tensor(action_space.nvec if self.multi else action_space.n)  # () or (branches,)
+        num_actions = torch.tensor(action_space.nvec if self.multi else action_space.n)
         widest = int(num_actions.max())
-        self.logits_shape = (*num_actions.shape, widest)  # narrower branches are masked up to the widest
-        self.invalid = nn.Buffer(torch.arange(widest) >= num_actions.unsqueeze(-1), persistent=False)
-        self.actor = mlp(obs_dim, math.prod(self.logits_shape), 0.01, args)  # 0.01: almost uniform at first
-        self.shapes = (obs_dim,), num_actions.tolist()  # for checkpoints, which hold plain values only
+        self.logits_shape = (*num_actions.shape, widest)  # (branches, widest) or (actions,)
+        invalid = torch.arange(widest) >= num_actions.unsqueeze(-1)  # what narrower branches lack
+        self.invalid = nn.Buffer(invalid, persistent=False)
+        num_logits = math.prod(self.logits_shape)
+        self.actor = mlp(obs_dim, num_logits, 0.01, args)  # 0.01: almost uniform at first
+        self.shapes = (obs_dim,), num_actions.tolist()  # for checkpoints
 
         self.norm_obs = args.norm_obs
         self.obs_mean = nn.Buffer(torch.zeros(obs_dim, dtype=torch.float64))  # [ours 6]
@@ -150,10 +153,11 @@ class Agent(nn.Module):
         if not self.norm_obs:
             return raw_obs.float()
         raw_obs = raw_obs.double()
-        if update:  # [cont 6] only in the rollout; evaluation uses the statistics of the training
-            statistics = running_mean_var(self.obs_mean, self.obs_var, self.obs_count, raw_obs)
-            self.obs_mean, self.obs_var, self.obs_count = statistics
-        return ((raw_obs - self.obs_mean) / (self.obs_var + 1e-8).sqrt()).clamp(-10, 10).float()  # [cont 7]
+        if update:  # [cont 6] only in the rollout, not in evaluation
+            statistics = self.obs_mean, self.obs_var, self.obs_count
+            self.obs_mean, self.obs_var, self.obs_count = running_mean_var(*statistics, raw_obs)
+        obs = (raw_obs - self.obs_mean) / (self.obs_var + 1e-8).sqrt()
+        return obs.clamp(-10, 10).float()  # [cont 7]
 
     def get_value(self, obs):
         """V, (N,), of normalised observations (N, obs_dim)."""
@@ -164,19 +168,20 @@ class Agent(nn.Module):
         actions of MultiDiscrete (N, branches). obs: normalised, (N, obs_dim)."""
         logits = self.actor(obs)
         if self.multi:
-            logits = logits.unflatten(-1, self.logits_shape)  # (N, branches, widest)
-            logits = logits.masked_fill(self.invalid, -1e9)  # -inf would make the entropy nan
-        # by hand: torch.distributions.Categorical would make the whole run a quarter slower
+            logits = logits.unflatten(-1, self.logits_shape)
+            logits = logits.masked_fill(self.invalid, -1e9)  # -inf: the entropy would be nan
+        # by hand: with torch.distributions.Categorical a run takes a quarter longer
         logprobs = logits.log_softmax(-1)  # (N, actions) or (N, branches, widest)
         if action is None and deterministic:
             action = logprobs.argmax(-1)
-        elif action is None:  # the argmax of logprobs + Gumbel noise, -log of Exp(1), is a sample
+        elif action is None:  # a sample is the argmax of logprobs + Gumbel noise
             exponential = torch.empty_like(logprobs).exponential_()
             action = (logprobs - exponential.log()).argmax(-1)
         logprob = logprobs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
-        if self.multi:  # branches are independent: these add up, over all axes that nvec has
-            logprob, entropy = logprob.flatten(1).sum(1), entropy.flatten(1).sum(1)
+        if self.multi:  # branches are independent: these add up
+            logprob = logprob.flatten(1).sum(1)
+            entropy = entropy.flatten(1).sum(1)
         return action, logprob, entropy, self.get_value(obs)
 
     def act(self, raw_obs):
@@ -193,7 +198,7 @@ def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
     rewards, values, dones: (T, N). dones[t] is 1 where action t ended the episode. If it was truncated,
     rewards[t] already contains gamma * V(final observation). next_value: (N,), V after the last step.
     """
-    nonterminal = 1.0 - dones.to(values.dtype)  # 0 where the episode ended: the next row is of another one
+    nonterminal = 1.0 - dones.to(values.dtype)  # 0: the next row is of another episode
     next_values = torch.cat([values[1:], next_value.unsqueeze(0)])  # (T, N)
     deltas = rewards + gamma * next_values * nonterminal - values  # eq. 12
     decays = gamma * gae_lambda * nonterminal
@@ -216,30 +221,31 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     shapes = {x.shape for x in (newlogprob, entropy, newvalue, logprobs, advantages, returns, values)}
     assert len(shapes) == 1, f"shapes {shapes} would broadcast"
     logratio = newlogprob - logprobs
-    ratio = logratio.exp()  # 1 at first in each iteration, up to rounding: the weights have not moved yet
-    kl = ratio - 1 - logratio  # estimates KL(old || new): http://joschu.net/blog/kl-approx.html
+    ratio = logratio.exp()  # 1 before the first step of each iteration, up to rounding
+    kl = ratio - 1 - logratio  # KL(old || new), http://joschu.net/blog/kl-approx.html
     if args.norm_adv:  # [core 7] per minibatch, not per batch
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
-    if kl_coef is None:  # [core 8] clipped objective, eq. 7: no gain from a ratio beyond 1 +- clip_coef
+    if kl_coef is None:  # [core 8] eq. 7: no gain from a ratio beyond 1 +- clip_coef
         clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
         pg_loss = -torch.min(advantages * ratio, advantages * clipped_ratio).mean()
-    else:  # KL penalty, eq. 8; ratio - 1 has mean 0, so kl estimates what -logratio does, with less noise
+    else:  # eq. 8
         pg_loss = (-advantages * ratio + kl_coef * kl).mean()
 
     v_error = (newvalue - returns) ** 2
-    if args.clip_vloss:  # [core 9] the larger error: of V, or of V within clip_coef of its old value
-        clipped_value = values + (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
-        v_error = torch.max(v_error, (clipped_value - returns) ** 2)
+    if args.clip_vloss:  # [core 9] or of V within clip_coef of its old value, if larger
+        change = (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
+        v_error = torch.max(v_error, (values + change - returns) ** 2)
     v_loss = 0.5 * v_error.mean()
     mean_entropy = entropy.mean()
-    loss = pg_loss - args.ent_coef * mean_entropy + args.vf_coef * v_loss  # [core 10] minus eq. 9
+    # [core 10] minus eq. 9
+    loss = pg_loss - args.ent_coef * mean_entropy + args.vf_coef * v_loss
 
     stats = {  # [core 12]
         "pg_loss": pg_loss.detach(),
         "v_loss": v_loss.detach(),
         "entropy": mean_entropy.detach(),
-        "old_approx_kl": (-logratio).mean().detach(),  # an older estimator: noisier, may be negative
+        "old_approx_kl": (-logratio).mean().detach(),  # noisier, may be < 0
         "approx_kl": kl.mean().detach(),
         "clipfrac": ((ratio - 1).abs() > args.clip_coef).to(ratio.dtype).mean(),
     }
@@ -251,37 +257,35 @@ def adapt_kl_coef(kl_coef, agent, batch, target):
     """Double or halve kl_coef for the next update, PPO paper, section 4; KL(old || new) of this one."""
     _, newlogprob, _, _ = agent.get_action_and_value(batch["obs"], batch["actions"])
     logratio = newlogprob - batch["logprobs"]
-    kl = (logratio.exp() - 1 - logratio).mean().item()  # the estimate of ppo_loss, on the whole batch
+    kl = (logratio.exp() - 1 - logratio).mean().item()  # on the whole batch
     if kl > 1.5 * target:
         kl_coef.mul_(2)
     elif kl < target / 1.5:
         kl_coef.div_(2)
-    kl_coef.clamp_(1e-6, 1e6)  # in float32, 150 halvings in a row would make it 0 for good
+    kl_coef.clamp_(1e-6, 1e6)  # 150 halvings in a row would make it 0 for good
     return kl
 
 
 def compute_gradients(agent, batch, mb_inds, args, kl_coef=None):
     """Put the clipped gradient of the loss into .grad; return the stats. mb_inds, (M,): rows of the batch."""
-    mb = {name: x.index_select(0, mb_inds) for name, x in batch.items()}  # (M, ...), faster than x[mb_inds]
-    obs, actions = mb.pop("obs"), mb.pop("actions")
-    _, newlogprob, entropy, newvalue = agent.get_action_and_value(obs, actions)
-    loss, stats = ppo_loss(newlogprob, entropy, newvalue, **mb, args=args, kl_coef=kl_coef)
+    mb = {name: x.index_select(0, mb_inds) for name, x in batch.items()}  # (M, ...)
+    _, *new = agent.get_action_and_value(mb["obs"], mb["actions"])
+    old = mb["logprobs"], mb["advantages"], mb["returns"], mb["values"]
+    loss, stats = ppo_loss(*new, *old, args, kl_coef)
     loss.backward()
     # [core 11] one norm over policy and V; an infinite limit only measures it
-    max_norm = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
-    norm = nn.utils.clip_grad_norm_(agent.parameters(), max_norm, foreach=False)  # False: can be compiled
+    limit = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
+    norm = nn.utils.clip_grad_norm_(agent.parameters(), limit, foreach=False)
     return stats | {"grad_norm": norm}
 
 
 def train(args, stop_requested=lambda: False, compute_gradients=compute_gradients):
-    """Train an agent and return a dict: episodic_return, global_step, run_dir, agent.
-
-    episodic_return: mean of the last up to 100 raw returns, nan if no episode ended. stop_requested(): asked
-    once per iteration, True saves and ends the run. With args.resume all of args counts: change what
-    load_checkpoint(path)["args"] holds. UsageError (a ValueError) for bad input, before anything is written;
-    FloatingPointError for nan or infinity.
+    """Train an agent. Returns a dict: episodic_return (mean of the last up to 100 raw returns, nan if no
+    episode ended), global_step, run_dir, agent. stop_requested(): asked once per iteration; True saves and
+    ends the run. To resume, change load_checkpoint(path)["args"] as you like, with resume=path among it.
+    UsageError (a ValueError) for bad input, before anything is written; FloatingPointError for nan.
     """
-    args, checkpoint = prepare(args)  # checks and seeds; checkpoint: what --resume continues, or None
+    args, checkpoint = prepare(args)  # seeds; checkpoint: of --resume, or None
     T, N = args.num_steps, args.num_envs
     B = T * N
     M = B // args.num_minibatches
@@ -290,12 +294,13 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
     as_tensor = partial(torch.as_tensor, device=device)
     envs = make_envs(args, N)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
-    kl_coef = None  # for the penalty a tensor: compiled code would take a number for a constant
-    if args.objective == "kl-penalty":
+    adam = {"lr": args.learning_rate, "eps": 1e-5, "fused": True}  # [core 3]
+    optimizer = torch.optim.Adam(agent.parameters(), **adam)
+    kl_coef = None
+    if args.objective == "kl-penalty":  # a tensor: compiled code would take a number for a constant
         kl_coef = torch.tensor(args.kl_penalty_coef, device=device)
     global_step = checkpoint["global_step"] if checkpoint else 0
-    next_obs, _ = envs.reset(seed=(args.seed + global_step) % 10**9)  # another seed after --resume
+    next_obs, _ = envs.reset(seed=(args.seed + global_step) % 10**9)
     if checkpoint:
         restore(checkpoint, agent, optimizer, envs, kl_coef)
 
@@ -303,7 +308,7 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
     actions = torch.zeros((T, N, *envs.single_action_space.shape), dtype=torch.int64, device=device)
     logprobs = torch.zeros((T, N), device=device)
     values = torch.zeros((T, N), device=device)
-    rewards = np.zeros((T, N), np.float32)  # numpy, as the environments give them
+    rewards = np.zeros((T, N), np.float32)  # numpy, as from environments
     dones = np.zeros((T, N), np.float32)
     act = agent.act
     if args.compile:
@@ -312,31 +317,33 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
     start_step, start_time = global_step, time.time()
     with closing(envs), open_log(args, global_step, device) as (writer, bar):
         for iteration in range(global_step // B + 1, num_iterations + 1):
-            # --- 1. learning rate: from learning_rate down to learning_rate / num_iterations [core 4] ---
+            # --- 1. learning rate: down to learning_rate / num_iterations [core 4] ---
+            lr = args.learning_rate
             if args.anneal_lr:
-                fraction_left = 1 - (iteration - 1) / num_iterations
-                optimizer.param_groups[0]["lr"] = fraction_left * args.learning_rate
+                lr *= 1 - (iteration - 1) / num_iterations
+            optimizer.param_groups[0]["lr"] = lr
 
             # --- 2. rollout: T steps of N environments, across the ends of episodes ---
             with torch.no_grad():
                 for t in range(T):
                     obs[t], actions[t], logprobs[t], values[t] = act(as_tensor(next_obs))
-                    next_obs, rewards[t], terminated, truncated, infos = envs.step(actions[t].cpu().numpy())
+                    results = envs.step(actions[t].cpu().numpy())
+                    next_obs, rewards[t], terminated, truncated, infos = results
                     dones[t] = terminated | truncated
                     time_limit = truncated & ~terminated  # (N,)
-                    if time_limit.any():  # [ours 1] the task would go on: add the value of what was cut off
-                        final_obs = agent.normalize(as_tensor(np.stack(infos["final_obs"][time_limit])))
-                        rewards[t, time_limit] += args.gamma * agent.get_value(final_obs).cpu().numpy()
-                # (N,); where step T ended an episode, of the next one: compute_gae leaves it out there
+                    if time_limit.any():  # [ours 1] add the value of what was cut off
+                        final_obs = as_tensor(np.stack(infos["final_obs"][time_limit]))
+                        final_value = agent.get_value(agent.normalize(final_obs))
+                        rewards[t, time_limit] += args.gamma * final_value.cpu().numpy()
+                # (N,); of the next episode where step T ended one: compute_gae leaves it out
                 next_value = agent.get_value(agent.normalize(as_tensor(next_obs)))
             global_step += B
 
             # --- 3. advantages; rewards contain values by now, so do not log them ---
-            advantages, returns = compute_gae(
-                as_tensor(rewards), values, as_tensor(dones), next_value, args.gamma, args.gae_lambda
-            )
+            rollout = as_tensor(rewards), values, as_tensor(dones), next_value
+            advantages, returns = compute_gae(*rollout, args.gamma, args.gae_lambda)
 
-            # --- 4. update: every epoch visits the batch in a new order, in equal minibatches [core 6] ---
+            # --- 4. update: epochs visit the batch in a new order, in minibatches [core 6] ---
             batch = {"obs": obs, "actions": actions, "logprobs": logprobs, "values": values}
             batch |= {"advantages": advantages, "returns": returns}
             batch = {name: x.flatten(0, 1) for name, x in batch.items()}  # (B, ...)
@@ -346,58 +353,57 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
                 for mb_inds in torch.randperm(B, device=device).split(M):  # (M,)
                     optimizer.zero_grad()
                     stats = compute_gradients(agent, batch, mb_inds, args, kl_coef)
-                    # [ours 3] earlier steps went too far: drop this gradient (but the first is always taken)
-                    if args.target_kl > 0 and len(updates) > 0 and stats["approx_kl"] > args.target_kl:
-                        kl_exceeded = True
+                    if args.target_kl > 0 and updates:  # the first step is always taken
+                        kl_exceeded = bool(stats["approx_kl"] > args.target_kl)
+                    if kl_exceeded:  # [ours 3] earlier steps went too far: drop this gradient
                         break
                     optimizer.step()
                     updates.append(stats)
                 if kl_exceeded:
                     break
 
-            # --- 5. logs and checkpoint: no part of the algorithm; losses are means [ours 4] ---
-            losses = {name: torch.stack([x[name] for x in updates]).mean().item() for name in updates[0]}
-            charts = {"learning_rate": optimizer.param_groups[0]["lr"], "updates": len(updates)}
+            # --- 5. logs, checkpoint: no part of the algorithm; losses are means [ours 4] ---
+            by_name = {name: [x[name] for x in updates] for name in updates[0]}
+            losses = {name: torch.stack(xs).mean().item() for name, xs in by_name.items()}
+            charts = {"learning_rate": lr, "updates": len(updates)}
             if args.objective == "kl-penalty":
                 charts["kl_coef"] = kl_coef.item()
                 charts["kl"] = adapt_kl_coef(kl_coef, agent, batch, args.kl_penalty_target)
             check_finite(losses, agent, global_step)  # [ours 5] before it is saved
-            if returns.var() > 0:  # 1: V predicts the returns, 0: no better than their mean
+            if returns.var() > 0:  # 1: V is right, 0: no better than the mean of the returns
                 losses["explained_variance"] = 1 - (returns - values).var() / returns.var()
             charts["SPS"] = (global_step - start_step) / (time.time() - start_time)
-            episodic_return = math.nan
             if len(envs.return_queue) > 0:  # the last 100 episodes
-                episodic_return = charts["episodic_return"] = float(np.mean(envs.return_queue))
-                charts["episodic_length"] = np.mean(envs.length_queue)
+                charts["episodic_return"] = float(np.mean(envs.return_queue))
+                charts["episodic_length"] = float(np.mean(envs.length_queue))
             last_iteration = iteration == num_iterations or stop_requested()
             if iteration % args.save_every == 0 or last_iteration:
                 save_checkpoint(args, global_step, agent, optimizer, envs, kl_coef)
             write_log(writer, bar, charts, losses, global_step)
             if last_iteration:
                 break
-    result = {"episodic_return": episodic_return, "global_step": global_step}
-    return result | {"run_dir": Path(args.run_dir), "agent": agent}
+    result = {"episodic_return": charts.get("episodic_return", math.nan), "agent": agent}
+    return result | {"global_step": global_step, "run_dir": Path(args.run_dir)}
 
 
 # ---------------------------------------- the environments ----------------------------------------
 
 
 class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
-    """Records the raw returns of whole episodes; scales the rewards that the agent learns from.
-
-    gymnasium's NormalizeReward would drop the last sum of every episode, and hide the raw returns."""
+    """Records the raw returns of whole episodes; scales the rewards that the agent learns from. gymnasium's
+    NormalizeReward would drop the last sum of every episode, and hide the raw returns."""
 
     def __init__(self, envs, args):
         super().__init__(envs)
         self.space = envs.single_action_space
         self.norm_reward, self.gamma = args.norm_reward, args.gamma
-        self.discounted = np.zeros(self.num_envs)  # (N,) discounted sum of the episode's rewards so far
+        self.discounted = np.zeros(self.num_envs)  # (N,) sum of the episode's rewards so far
         self.reward_stats = 0.0, 1.0, 0.0  # mean, variance and count of self.discounted
 
     def step(self, actions):
         actions = actions.astype(self.space.dtype)
         obs, rewards, terminated, truncated, infos = super().step(actions)
-        if self.norm_reward:  # [cont 8] without subtracting a mean, which would change the task
+        if self.norm_reward:  # [cont 8] no mean is subtracted: that would change the task
             self.discounted = self.gamma * self.discounted + rewards
             self.reward_stats = running_mean_var(*self.reward_stats, self.discounted)
             self.discounted[terminated | truncated] = 0
@@ -406,7 +412,7 @@ class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
         return obs, rewards, terminated, truncated, infos
 
     def close(self, **kwargs):
-        super().close(terminate=True)  # not waiting for a worker of --vectorization async that has died
+        super().close(terminate=True)  # waits for no worker of --vectorization async that died
 
 
 class DropInfos(gym.Wrapper):
@@ -436,8 +442,6 @@ def make_envs(args, num_envs, video_folder=None):
         require(len(shape) != 3, f"{name} observes pixels {shape}: try ppo_atari.py")
         if video_folder:
             require(util.find_spec("moviepy"), "--capture-video: pip install moviepy")
-            env.reset()
-            env.render()  # a package that is missing for it is reported now, not after the training
             env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: episode == 0)
         if len(shape) != 1:
             env = gym.wrappers.FlattenObservation(env)  # numbers, matrices, dictionaries
@@ -464,10 +468,6 @@ def make_envs(args, num_envs, video_folder=None):
 
 # ------------------- what runs it: nothing below changes the algorithm -------------------
 
-RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9)}  # others: from 0
-for _count in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "hidden_sizes", "save_every"):
-    RANGES[_count] = (1, math.inf)
-
 
 class UsageError(ValueError):
     """Bad input, in one line that names the flag and the fix; main exits with code 2."""
@@ -484,19 +484,25 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
+# numbers are 0 or more, but for these
+RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9)}
+RANGES |= dict.fromkeys(["num_envs", "num_steps", "save_every"], (1, math.inf))
+RANGES |= dict.fromkeys(["num_minibatches", "update_epochs", "hidden_sizes"], (1, math.inf))
+
+
 def prepare(args):
     """Check and seed. Returns the arguments, run_dir filled in, and the checkpoint of --resume or None."""
-    plain = {x.name: type(x.default)(getattr(args, x.name)) for x in dataclasses.fields(Args)}
-    plain["hidden_sizes"] = tuple(int(x) for x in args.hidden_sizes)
-    args = dataclasses.replace(args, **plain)  # numpy's numbers and paths cannot be saved
-    for name, value in plain.items():
+    args = dataclasses.replace(args)
+    for name, default in vars(Args()).items():
+        value = np.array(getattr(args, name)).tolist()  # numpy's numbers cannot be saved
+        setattr(args, name, type(default)(value))
         low, high = RANGES.get(name, (0, math.inf))
-        numbers = value if isinstance(value, tuple) else (value,)
-        fits = all(isinstance(x, str) or (low <= x <= high and x != math.inf) for x in numbers)
+        numbers = [] if isinstance(default, str) else np.ravel(value)
+        fits = all(low <= x <= high and x < math.inf for x in numbers)
         wanted = f"{low} or more" if high == math.inf else f"{low} to {high}"
         require(fits, f"--{name.replace('_', '-')} {value}: use {wanted}")
     B, parts = args.num_steps * args.num_envs, args.num_minibatches
-    equal = B % parts == 0 and (B > parts or not args.norm_adv)  # the std of one advantage would be nan
+    equal = B % parts == 0 and (B > parts or not args.norm_adv)  # one advantage has no std
     sizes = f"--num-steps {args.num_steps} x --num-envs {args.num_envs} = {B} in --num-minibatches {parts}"
     require(equal, f"{sizes} must give equal parts of 2 or more (of 1 with --no-norm-adv): change one")
     require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: torch finds none, use cpu")
@@ -506,17 +512,18 @@ def prepare(args):
     least = B + (checkpoint["global_step"] if checkpoint else 0)
     require(args.total_timesteps >= least, f"--total-timesteps {args.total_timesteps}: use at least {least}")
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}".replace("/", "-")
-    run_dir = Path(args.run_dir if args.run_dir else f"runs/{name}")
-    newest = (run_dir / "checkpoint.pt").resolve()
-    goes_on = checkpoint is not None and checkpoint["path"].resolve() == newest
-    hint = f"--run-dir {run_dir} holds a checkpoint: name another one, or --resume {run_dir}"
-    require(goes_on or not newest.exists(), hint)
+    args.run_dir = args.run_dir if args.run_dir else f"runs/{name}"
+    newest = Path(args.run_dir, "checkpoint.pt")
+    free = not newest.exists() or (checkpoint and newest.samefile(checkpoint["path"]))
+    hint = f"--run-dir {args.run_dir} holds a checkpoint: name another, or --resume {args.run_dir}"
+    require(free, hint)
     if args.capture_video:  # what is missing for it shows now, not after the training
-        make_envs(args, 1, str(run_dir / "videos")).close()
+        make_envs(args, 1, f"{args.run_dir}/videos").close()
     seed_everything(args.seed)
-    torch.set_num_threads(args.num_threads if args.num_threads > 0 else torch.get_num_threads())
+    if args.num_threads > 0:
+        torch.set_num_threads(args.num_threads)
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    return dataclasses.replace(args, run_dir=str(run_dir)), checkpoint
+    return args, checkpoint
 
 
 def compiled(function, device):
@@ -550,8 +557,8 @@ def restore(checkpoint, agent, optimizer, envs, kl_coef):
     try:
         agent.load_state_dict(checkpoint["agent"])
     except RuntimeError as error:
-        message = "the checkpoint is of another network or environment, leave out flags that change these"
-        raise UsageError(f"--resume: {message}") from error
+        hint = "--resume: of another network or environment, leave out flags that change these"
+        raise UsageError(hint) from error
     optimizer.load_state_dict(checkpoint["optimizer"])
     if kl_coef is not None and checkpoint["kl_coef"] is not None:
         kl_coef.copy_(checkpoint["kl_coef"])
@@ -564,8 +571,7 @@ def load_checkpoint(path):
     """What save_checkpoint wrote to path or path/checkpoint.pt; "args" as Args, the Agent as "trained".
     A file of another name than checkpoint.pt, a copy, begins a new run directory: its args have none."""
     path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
-    if path.is_symlink():
-        path = path.resolve()  # the run goes on where the file is
+    path = path.resolve() if path.is_symlink() else path  # the run goes on where the file is
     require(path.is_file(), f"{path}: no such file, name a run directory or its checkpoint.pt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
@@ -588,11 +594,8 @@ def load_agent(checkpoint):
 
 @torch.no_grad()
 def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=2**30, capture_video=False, **changes):
-    """Raw returns of num_episodes whole episodes, (num_episodes,), played on the CPU.
-
-    seed: beyond all seeds of a training by default; also of torch, numpy and random. changes: arguments that
-    shall differ from the saved ones. UsageError for bad input and for an episode that does not end.
-    """
+    """Raw returns of whole episodes on the CPU, (num_episodes,). seed: by default beyond those of training.
+    changes: arguments that differ from the saved ones. UsageError for bad input and endless episodes."""
     require(num_episodes > 0, f"--eval-episodes {num_episodes}: use 1 or more")
     saved = load_checkpoint(checkpoint)
     args, agent = dataclasses.replace(saved["args"], **changes), saved["trained"]
@@ -600,8 +603,6 @@ def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=2**30, captu
     seed_everything(seed)
     returns = []
     with closing(make_envs(args, 1, str(folder) if capture_video else None)) as envs:
-        fits = envs.single_observation_space.shape == agent.shapes[0]
-        require(fits, f"--env-id {args.env_id} has other observations than the training: use another one")
         obs, _ = envs.reset(seed=seed)
         for _ in tqdm(range(num_episodes), unit="episode", disable=None):
             infos = {}
@@ -626,23 +627,20 @@ def check_finite(losses, agent, global_step):
 
 @contextmanager
 def open_log(args, global_step, device):
-    """Create the run directory, start Weights & Biases on request; yield TensorBoard's writer, the bar."""
-    try:
-        Path(args.run_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--run-dir {args.run_dir}: {error.strerror}, name another one") from error
+    """Yields TensorBoard's writer, which makes the run directory, and the progress bar."""
     if args.track:
+        import wandb
+
         owner = {"project": args.wandb_project_name, "entity": args.wandb_entity or None}
         name = Path(args.run_dir).name
-        import_module("wandb").init(**owner, name=name, config=vars(args), sync_tensorboard=True)
+        wandb.init(**owner, name=name, config=vars(args), sync_tensorboard=True)
     B = args.num_steps * args.num_envs
     iterations = args.total_timesteps // B
-    print(
-        f"{args.run_dir}: {iterations} iterations of {B} steps = {iterations * B:,} on {device}", flush=True
-    )
+    total = iterations * B
+    print(f"{args.run_dir}: {iterations} iterations of {B} steps = {total:,} on {device}", flush=True)
     writer = SummaryWriter(args.run_dir, purge_step=global_step + 1)  # later points are of an earlier run
-    writer.add_text("hyperparameters", "  \n".join(f"{name}: {value}" for name, value in vars(args).items()))
-    scale = {"total": iterations * B, "initial": global_step, "unit": "step", "unit_scale": True}
+    writer.add_text("hyperparameters", "  \n".join(f"{x}: {y}" for x, y in vars(args).items()))
+    scale = {"total": total, "initial": global_step, "unit": "step", "unit_scale": True}
     with writer, tqdm(**scale, disable=None) as bar:  # disable=None: no bar in a file
         yield writer, bar
 
@@ -663,7 +661,8 @@ def write_log(writer, bar, charts, losses, global_step):
 
 def main():
     """The command line. Exit codes: 2 bad input, 1 nan, 128 + its number for a signal (Ctrl-C: 130)."""
-    received, command = [], f"python {sys.argv[0]}"
+    command = f"python {sys.argv[0]}"
+    received = []  # signals
     signals = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # not on Windows
 
     def on_signal(number, frame):  # the first one ends the iteration, a second one the process
@@ -671,35 +670,31 @@ def main():
         signal.signal(number, signal.SIG_DFL)
 
     args = tyro.cli(Args)
-    checkpoint = args.evaluate
+    path = args.evaluate or args.resume
     try:
-        if args.evaluate or args.resume:  # parse again over the saved arguments: what was typed wins
-            args = tyro.cli(Args, default=load_checkpoint(args.evaluate or args.resume)["args"])
+        if path:  # parse again over the saved arguments: what was typed wins
+            args = tyro.cli(Args, default=load_checkpoint(path)["args"])
         if not args.evaluate:
             signals = [x for x in signals if signal.getsignal(x) != signal.SIG_IGN]  # nohup ignores SIGHUP
             for number in signals:
                 signal.signal(number, on_signal)
-            checkpoint = train(args, stop_requested=lambda: len(received) > 0)["run_dir"] / "checkpoint.pt"
+            path = train(args, stop_requested=lambda: len(received) > 0)["run_dir"]
             for number in signals:
                 signal.signal(number, signal.SIG_DFL)
-        path = shlex.quote(str(checkpoint))
+        quoted = shlex.quote(str(path))
         if received:
-            print(f"stopped by signal {received[0]}, go on with: {command} --resume {path}")
+            print(f"stopped by signal {received[0]}, go on with: {command} --resume {quoted}")
             sys.exit(128 + received[0])
         if args.evaluate or args.eval_episodes > 0:
             how = args.deterministic, 2**30 + args.seed, args.capture_video
             task = {"env_id": args.env_id, "max_episode_steps": args.max_episode_steps}
-            returns = evaluate(checkpoint, args.eval_episodes, *how, **task)
+            returns = evaluate(path, args.eval_episodes, *how, **task)
             kind = f"{len(returns)} {'deterministic' if args.deterministic else 'sampled'} episodes"
             margin = 1.96 * returns.std() / max(len(returns) - 1, 1) ** 0.5  # a normal 95 % interval
             print(f"{returns.mean():.1f} +- {margin:.1f}: mean return of {kind}")
-        saved = load_checkpoint(checkpoint)
-        steps, total = saved["global_step"], saved["args"].total_timesteps
-        finished = steps + args.num_steps * args.num_envs > total
-        more = f" --total-timesteps {2 * steps}" if finished else ""
-        print(f"evaluate it: {command} --evaluate {path} --eval-episodes 100 --capture-video")
-        print(f"train on:    {command} --resume {path}{more}")
-        print(f"look at it:  tensorboard --logdir {shlex.quote(str(saved['path'].parent))}")
+        if not args.evaluate:
+            print(f"evaluate it: {command} --evaluate {quoted} --eval-episodes 100 --capture-video")
+            print(f"look at it:  tensorboard --logdir {quoted}")
     except (UsageError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
