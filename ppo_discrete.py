@@ -47,12 +47,12 @@ from tqdm import tqdm
 class Args:
     # --- PPO ---
     total_timesteps: int = 500_000  # of all environments together
-    learning_rate: float = 2.5e-4  # Adam's step size
+    learning_rate: float = 3e-4  # Adam's step size
     anneal_lr: bool = True  # lower it linearly, almost to 0 at the end
-    num_envs: int = 4  # environments that step together
-    num_steps: int = 128  # steps of each environment per iteration
-    num_minibatches: int = 4  # minibatches per epoch
-    update_epochs: int = 4  # passes over the batch per iteration
+    num_envs: int = 8  # environments that step together
+    num_steps: int = 256  # steps of each environment per iteration
+    num_minibatches: int = 32  # minibatches per epoch
+    update_epochs: int = 10  # passes over the batch per iteration
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # of GAE; 1: rewards-to-go minus V, 0: TD error
     norm_adv: bool = True  # normalise advantages in each minibatch
@@ -69,13 +69,13 @@ class Args:
     # --- network ---
     hidden_sizes: tuple[int, ...] = (64, 64)  # of the hidden layers
     activation: Literal["tanh", "relu", "elu", "gelu"] = "tanh"  # after each
-    norm_obs: bool = False  # by running mean and std, clipped to [-10, 10]
+    norm_obs: bool = True  # by running mean and std, clipped to [-10, 10]
 
     # --- environment ---
     env_id: str = "CartPole-v1"  # package:Env-v0 imports package first
     max_episode_steps: int = 0  # 0: the environment's own time limit
     vectorization: Literal["sync", "async"] = "sync"  # async: a process each
-    norm_reward: bool = False  # by running std of discounted return, clipped
+    norm_reward: bool = True  # by running std of discounted return, clipped
 
     # --- this run ---
     exp_name: str = "ppo_discrete"  # part of the run directory's name
