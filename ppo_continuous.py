@@ -415,15 +415,29 @@ class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
 
 
 class DropInfos(gym.Wrapper):
-    """Drops the infos: nothing here reads them, merging them costs time, and odd ones cannot be merged."""
+    """Drops the infos: nothing here reads them, merging them costs time, and odd ones cannot be merged.
+    Copies the observations: an environment may reuse its array, and final_obs has to outlive the reset."""
 
     def reset(self, **kwargs):
         obs, _ = self.env.reset(**kwargs)
-        return obs, {}
+        return np.array(obs), {}
 
     def step(self, action):
         obs, reward, terminated, truncated, _ = self.env.step(action)
-        return obs, reward, terminated, truncated, {}
+        return np.array(obs), np.asarray(reward).item(), terminated, truncated, {}
+
+
+def check_observation(space, name):
+    """UsageError for what an MLP cannot take, also inside of a Dict or Tuple; name says where it is."""
+    if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
+        keys = space.keys() if isinstance(space, gym.spaces.Dict) else range(len(space))
+        for key in keys:
+            check_observation(space[key], f"{name}[{key!r}]")
+        return
+    numbers = gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary
+    require(isinstance(space, numbers), f"{name} is {space}, no numbers: register an id that wraps it")
+    atari = "for Atari use ppo_atari.py, for others its variant `pixels`"
+    require(len(space.shape) != 3, f"{name} is pixels {space.shape}: {atari}")
 
 
 def make_envs(args, num_envs, video_folder=None):
@@ -435,15 +449,15 @@ def make_envs(args, num_envs, video_folder=None):
         if args.vectorization == "async" and multiprocessing.parent_process():  # a worker
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for main
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        actions, shape = env.action_space, env.observation_space.shape or ()
+        check_observation(env.observation_space, f"{name}: observation")
+        actions = env.action_space
         fits = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1
         require(fits, f"{name} acts in {actions}, not in a Box of vectors: try ppo_discrete.py")
-        require(len(shape) != 3, f"{name} observes pixels {shape}: try ppo_atari.py")
         if video_folder:
             require(util.find_spec("moviepy"), "--capture-video: pip install moviepy")
             os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")
             env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: episode == 0)
-        if len(shape) != 1:
+        if len(env.observation_space.shape or ()) != 1:
             env = gym.wrappers.FlattenObservation(env)  # numbers, matrices, dictionaries
         return DropInfos(env)
 
@@ -461,7 +475,8 @@ def make_envs(args, num_envs, video_folder=None):
             **options,
         )
     except (gym.error.Error, ImportError) as error:
-        raise UsageError(f"{name}: {' '.join(str(error).split())}") from error
+        hint = " (Atari: ppo_atari.py)" if "ALE" in args.env_id or "NoFrameskip" in args.env_id else ""
+        raise UsageError(f"{name}: {' '.join(str(error).split())}{hint}") from error
     assert envs.metadata["autoreset_mode"] == autoreset_mode
     return LearningEnvs(envs, args)
 

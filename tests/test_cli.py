@@ -15,10 +15,8 @@ import time
 import types
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import pytest
-import stub_envs
 import torch
 import tyro
 from conftest import HANDLERS, MLP, NAMES, SCRIPTS, TINY, commands, copied, saved, tiny
@@ -135,9 +133,6 @@ def test_evaluating_with_video_needs_moviepy_too(script, refused, monkeypatch, c
     assert "moviepy" in message.lower()
 
 
-gym.register("MatrixActions-v0", stub_envs.Nudge, kwargs={"space": gym.spaces.Box(-1, 1, (2, 2))})
-
-
 @pytest.mark.parametrize(
     "name, env_id, use",
     [
@@ -146,10 +141,6 @@ gym.register("MatrixActions-v0", stub_envs.Nudge, kwargs={"space": gym.spaces.Bo
         ("ppo_continuous", "CartPole-v1", "ppo_discrete.py"),
         ("ppo_continuous", "Acrobot-v1", "ppo_discrete.py"),
         ("ppo_atari", "CartPole-v1", "ppo_discrete.py"),
-        ("ppo_discrete", "stub_envs:BranchesFrom1-v0", "Discrete from 0"),
-        ("ppo_discrete", "PixelsDiscrete-v0", "ppo_atari.py"),
-        ("ppo_continuous", "PixelsBox-v0", "pixels"),
-        ("ppo_continuous", "MatrixActions-v0", "not in a Box of vectors"),
         ("ppo_discrete", "BreakoutNoFrameskip-v4", "ppo_atari.py"),
         ("ppo_discrete", "ALE/Breakout-v5", "ppo_atari.py"),
         ("ppo_discrete", "CartPol-v1", "CartPole"),
