@@ -23,6 +23,12 @@ def read_recipes():
     return recipes
 
 
+def patch_of(script, patch):
+    """Where it is in the repository: one of the variants, or a change that only an experiment needs."""
+    variant = f"variants/{patch}.patch"
+    return variant if (HERE.parent / variant).exists() else f"benchmark/ablations/{script}-{patch}.patch"
+
+
 def read_numerics():
     """{script: {losses: of its first two iterations, commits: whose rows have these numerics}}."""
     return tomllib.loads((HERE / "numerics.toml").read_text())

@@ -41,7 +41,7 @@ import pandas as pd
 import torch
 import tyro
 from filelock import FileLock, Timeout
-from recipes import losses_of, read_numerics, read_recipes, same_losses
+from recipes import losses_of, patch_of, read_numerics, read_recipes, same_losses
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 HERE = Path(__file__).resolve().parent
@@ -55,7 +55,7 @@ class Run(NamedTuple):
     script: str  # without .py
     env_id: str
     flags: str
-    patch: str  # <script>-<patch>.patch of ablations/, or empty
+    patch: str  # of ablations/ or variants/, or empty
     seed: int
     commit: str
     threads: int = 1
@@ -136,7 +136,7 @@ def set_up(run):
             original = copy.read_bytes()
             # outside of a repository, as it were: inside of one, git takes paths from its top
             alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(RUNS)}
-            patch = git("show", f"{run.commit}:benchmark/ablations/{run.script}-{run.patch}.patch")
+            patch = git("show", f"{run.commit}:{patch_of(run.script, run.patch)}")
             subprocess.run(["git", "apply"], input=patch, cwd=copy.parent, env=alone, check=True)
             assert copy.read_bytes() != original, f"the patch {run.patch} changed nothing"
         copy.replace(script)
@@ -161,6 +161,7 @@ def train(run, run_dir, script):
         (run_dir / "machine.json").write_text(json.dumps(machine(run)))
     with (run_dir / "log.txt").open("a") as log:
         environment = os.environ | {"OMP_NUM_THREADS": str(run.threads), "TQDM_MININTERVAL": "60"}
+        environment["PYTHONPATH"] = str(ROOT)  # for variants/tasks.py
         subprocess.run(
             [*command, "--num-threads", str(run.threads), "--eval-episodes", "0"],
             cwd=run_dir,
@@ -172,7 +173,7 @@ def train(run, run_dir, script):
 
 
 def describe(run, run_dir, script):
-    sys.path.insert(0, str(run_dir))
+    sys.path[:0] = [str(run_dir), str(ROOT)]
     module = importlib.import_module(run.script)
     assert Path(module.__file__) == script, f"{module.__file__} is not the script that was run"
     torch.set_num_threads(1)

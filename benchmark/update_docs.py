@@ -29,7 +29,6 @@ NOT_MEASURED = "not measured"
 TAG = re.compile(r"\[((?:core|cont|atari|ours) \d+)\]")
 # the row of speed.csv that tells how long a recipe takes
 PROGRAMS = {
-    "cartpole": ("cartpole", "eager"),
     "breakout": ("breakout", "bf16"),
     "breakout-fp32": ("breakout", "eager"),
 }

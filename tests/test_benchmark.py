@@ -173,8 +173,8 @@ def test_other_losses_are_noticed():
 def test_every_patch_fits_the_script(tmp_path):
     """And changes it; every recipe with a patch finds its file."""
     patches = sorted((ROOT / "benchmark" / "ablations").glob("*.patch"))
-    named = {f"{x['script']}-{x['patch']}.patch" for x in RECIPES.values() if x["patch"]}
-    assert named <= {patch.name for patch in patches}
+    named = {recipes.patch_of(x["script"], x["patch"]) for x in RECIPES.values() if x["patch"]}
+    assert all((ROOT / path).exists() for path in named)
     for patch in patches:
         name = patch.name.split("-")[0]
         copy = tmp_path / f"{name}.py"

@@ -104,16 +104,16 @@ def test_a_page_is_what_update_docs_writes(page):
 
 def test_update_docs_fills_tables_and_comments():
     page = (
-        "| recipe | return | x |\n| --- | --- | --- |\n| `cartpole` | ? | kept |\n| `nothing` | ? | kept |\n"
+        "| recipe | return | x |\n| --- | --- | --- |\n| `hopper` | ? | kept |\n| `nothing` | ? | kept |\n"
     )
-    page += "\n```bash\npython ppo_discrete.py  # cartpole: ?\n```\n"
+    page += "\n```bash\npython ppo_continuous.py  # hopper: ?\n```\n"
     page += "\n| tag | where |\n| --- | --- |\n| core 5 | ? |\n"
     page += "\n<!-- speed -->\n| old |\nthe end\n"
     new = update_docs.updated(page)
-    cells = update_docs.cells_of("cartpole")
-    assert f"| `cartpole` | {cells['return']} | kept |" in new and re.fullmatch(r"\S+ ± \S+", cells["return"])
+    cells = update_docs.cells_of("hopper")
+    assert f"| `hopper` | {cells['return']} | kept |" in new and re.fullmatch(r"\S+ ± \S+", cells["return"])
     assert "| `nothing` | not measured | kept |" in new and "| core 5 | `compute_gae` |" in new
-    assert f"python ppo_discrete.py  # cartpole: {cells['minutes']} minute" in new
+    assert f"python ppo_continuous.py  # hopper: {cells['minutes']} minute" in new
     assert "old" not in new and "the end" in new and "| task | program |" in new and "?" not in new
     assert update_docs.updated(new) == new
 
