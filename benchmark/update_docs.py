@@ -108,7 +108,13 @@ def cells_of(recipe):
         "sampled": both(numbers["eval_sampled"]),
         "deterministic": both(numbers["eval_deterministic"]),
         "minutes": minutes(recipe, runs),
+        "command": command_of(recipe),
     }
+
+
+def command_of(recipe):
+    entry = read_recipes().get(recipe, {"script": "ppo", "env_id": "?", "flags": ""})
+    return f"`{entry['script']}.py --env-id {entry['env_id']} {entry['flags']}".rstrip() + "`"
 
 
 def mark(runs):
