@@ -84,8 +84,8 @@ class Args:
     cuda_graphs: bool = False  # on CUDA: record policy step and gradient, then replay
     run_dir: str = ""  # empty: runs/<env>__<exp>__<seed>__<time>
     save_every: int = 50  # iterations between checkpoints
-    resume: str = ""  # run directory to go on with, with its flags
-    evaluate: str = ""  # run directory to evaluate, not train
+    resume: str = ""  # run directory to continue; typed flags win
+    evaluate: str = ""  # run directory to evaluate; typed flags win
     eval_episodes: int = 10  # of --evaluate and after training; 0: none
     deterministic: bool = False  # evaluate most probable actions, not samples
     capture_video: bool = False  # film the first evaluated episode
@@ -201,7 +201,7 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
         pg_loss = (-advantages * ratio + kl_coef * kl).mean()
 
     v_error = (newvalue - returns) ** 2
-    if args.clip_vloss:  # [core 9] or of V within clip_coef of its old value, if larger
+    if args.clip_vloss:  # [core 9] or that of V clipped near its old value, if larger
         change = (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
         v_error = torch.max(v_error, (values + change - returns) ** 2)
     v_loss = 0.5 * v_error.mean()
@@ -236,7 +236,7 @@ def adapt_kl_coef(kl_coef, agent, batch, target):
 
 def compute_gradients(agent, batch, mb_inds, args, kl_coef=None):
     """Put the clipped gradient of the loss into .grad; return the stats. mb_inds, (M,): rows of the batch."""
-    mb = {name: x.index_select(0, mb_inds) for name, x in batch.items()}  # (M, ...)
+    mb = {name: x.index_select(0, mb_inds) for name, x in batch.items()}  # (M, ...), faster than x[mb_inds]
     _, *new = agent.get_action_and_value(mb["obs"], mb["actions"])
     old = mb["logprobs"], mb["advantages"], mb["returns"], mb["values"]
     loss, stats = ppo_loss(*new, *old, args, kl_coef)
@@ -244,7 +244,7 @@ def compute_gradients(agent, batch, mb_inds, args, kl_coef=None):
     if WORLD_SIZE > 1:  # torchrun: the mean of all processes
         for x in [*stats.values(), *(x.grad for x in agent.parameters())]:
             distributed.all_reduce(x, op=distributed.ReduceOp.AVG)
-    # [core 11] one norm over policy and V; an infinite limit only measures it
+    # [core 11] one norm over policy and V; an infinite limit only measures it; foreach=False compiles
     limit = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
     norm = nn.utils.clip_grad_norm_(agent.parameters(), limit, foreach=False)
     return stats | {"grad_norm": norm}
@@ -253,7 +253,7 @@ def compute_gradients(agent, batch, mb_inds, args, kl_coef=None):
 def train(args, stop_requested=lambda: False, compute_gradients=compute_gradients):
     """Train an agent. Returns a dict: episodic_return (mean of the last up to 100 raw returns, nan if no
     episode ended), global_step, run_dir, agent. stop_requested(): asked once per iteration; True saves and
-    ends the run. To resume, change load_checkpoint(path)["args"] as you like, with resume=path among it.
+    ends the run. To resume: dataclasses.replace(load_checkpoint(path)["args"], resume=path, ...).
     UsageError (a ValueError) for bad input, before anything is written; FloatingPointError for nan.
     """
     args, checkpoint = prepare(args)  # seeds; checkpoint: of --resume, or None
@@ -269,9 +269,10 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
     adam = {"lr": args.learning_rate, "eps": 1e-5, "fused": True}  # [core 3]
     optimizer = torch.optim.Adam(agent.parameters(), **adam)
     kl_coef = None
-    if args.objective == "kl-penalty":  # a tensor: compiled code would take a number for a constant
+    if args.objective == "kl-penalty":  # a tensor: compiled code would keep a number as it is
         kl_coef = torch.tensor(args.kl_penalty_coef, device=device)
     global_step = checkpoint["global_step"] if checkpoint else 0
+    # + global_step: other episodes after --resume
     next_obs, _ = envs.reset(seed=(args.seed + global_step + RANK * N) % 10**9)
     if checkpoint:
         restore(checkpoint, agent, optimizer, envs, kl_coef)
@@ -311,7 +312,7 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
                         final_obs = as_tensor(np.stack(infos["final_obs"][time_limit]))
                         final_value = agent.get_value(agent.normalize(final_obs))
                         rewards[t, time_limit] += args.gamma * final_value.cpu().numpy()
-                # (N,); of the next episode where step T ended one: compute_gae leaves it out
+                # (N,); where step T ended an episode, compute_gae ignores it
                 next_value = agent.get_value(agent.normalize(as_tensor(next_obs)))
             global_step += B
 
@@ -323,28 +324,29 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
             batch = {"obs": obs, "actions": actions, "logprobs": logprobs, "values": values}
             batch |= {"advantages": advantages, "returns": returns}
             batch = {name: x.flatten(0, 1) for name, x in batch.items()}  # (B, ...)
-            updates = []  # the stats of each optimiser step
+            step_stats = []  # of each optimiser step
             kl_exceeded = False
             for _ in range(args.update_epochs):
                 for mb_inds in torch.randperm(T * N, device=device).split(M):  # (M,)
                     optimizer.zero_grad()
                     stats = compute_gradients(agent, batch, mb_inds, args, kl_coef)
-                    if args.target_kl > 0 and updates:  # the first step is always taken
+                    if args.target_kl > 0 and step_stats:  # the first step is always taken
                         kl_exceeded = bool(stats["approx_kl"] > args.target_kl)
                     if kl_exceeded:  # [ours 3] earlier steps went too far: drop this gradient
                         break
                     optimizer.step()
-                    updates.append(stats)
+                    step_stats.append(stats)
                 if kl_exceeded:
                     break
 
-            # --- 5. logs, checkpoint: no part of the algorithm; losses are means [ours 4] ---
-            by_name = {name: [x[name] for x in updates] for name in updates[0]}
-            losses = {name: torch.stack(xs).mean().item() for name, xs in by_name.items()}
-            charts = {"learning_rate": lr, "updates": len(updates)}
+            charts = {"learning_rate": lr, "updates": len(step_stats)}
             if args.objective == "kl-penalty":
                 charts["kl_coef"] = kl_coef.item()
                 charts["kl"] = adapt_kl_coef(kl_coef, agent, batch, args.kl_penalty_target)
+
+            # --- 5. logs, checkpoint: no part of the algorithm; losses are means [ours 4] ---
+            by_name = {name: [x[name] for x in step_stats] for name in step_stats[0]}
+            losses = {name: torch.stack(xs).mean().item() for name, xs in by_name.items()}
             check_finite(losses, agent, global_step)  # [ours 5] before it is saved
             if returns.var() > 0:  # 1: V is right, 0: no better than the mean of the returns
                 losses["explained_variance"] = 1 - (returns - values).var() / returns.var()
@@ -618,10 +620,10 @@ def restore(checkpoint, agent, optimizer, envs, kl_coef):
     """Set everything as save_checkpoint found it, except that the environments have begun new episodes."""
     try:
         agent.load_state_dict(checkpoint["agent"])
-    except RuntimeError as error:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except (RuntimeError, ValueError) as error:
         hint = "--resume: of another network or environment, leave out flags that change these"
         raise UsageError(hint) from error
-    optimizer.load_state_dict(checkpoint["optimizer"])
     if kl_coef is not None and checkpoint["kl_coef"] is not None:
         kl_coef.copy_(checkpoint["kl_coef"])
     torch.set_rng_state(checkpoint["torch_rng"])
@@ -656,7 +658,7 @@ def load_agent(checkpoint):
 @torch.no_grad()
 def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=2**30, capture_video=False, **changes):
     """Raw returns of whole episodes on the CPU, (num_episodes,). seed: by default beyond those of training.
-    changes: arguments that differ from the saved ones. UsageError for bad input and endless episodes."""
+    changes: of saved arguments. Seeds torch, numpy and random. UsageError for bad input, endless episodes."""
     require(num_episodes > 0, f"--eval-episodes {num_episodes}: use 1 or more")
     saved = load_checkpoint(checkpoint)
     args, agent = dataclasses.replace(saved["args"], **changes), saved["trained"]

@@ -250,7 +250,7 @@ def test_there_are_snippets_for_each_script():
 
 
 def test_the_environment_of_the_docs_trains(discrete, monkeypatch):
-    (code,) = [code for _, code in SNIPPETS if "gymnasium.register" in code]
+    (code,) = [code for _, code in SNIPPETS if "class MyEnv" in code]
     Path("my_env.py").write_text(code)
     gymnasium.registry.pop("MyEnv-v0", None)  # of test_a_snippet_runs
     monkeypatch.syspath_prepend(".")

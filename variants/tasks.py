@@ -1,4 +1,4 @@
-"""Tasks on which the variants show what they are for; --env-id tasks:<id> in this folder imports them."""
+"""Tasks on which the variants show what they are for: --env-id variants.tasks:DoorKey-v0, beside the scripts."""
 
 import gymnasium
 from gymnasium.spaces import Box
@@ -26,6 +26,12 @@ def room_from_pixels(**kwargs):
     return minigrid.wrappers.ImgObsWrapper(minigrid.wrappers.RGBImgPartialObsWrapper(env))
 
 
+def racing(**kwargs):
+    """CarRacing with five actions in place of continuous ones."""
+    return gymnasium.make("CarRacing-v3", continuous=False, **kwargs)
+
+
 gymnasium.register("CartPoleWithoutVelocities-v0", entry_point=cartpole_without_velocities)
 gymnasium.register("DoorKey-v0", entry_point=door_and_key)
+gymnasium.register("Racing-v0", entry_point=racing)
 gymnasium.register("RoomFromPixels-v0", entry_point=room_from_pixels)
