@@ -57,7 +57,7 @@ class Args:
     gae_lambda: float = 0.95  # of GAE; 1: rewards-to-go minus V, 0: TD error
     norm_adv: bool = True  # normalise advantages in each minibatch
     clip_coef: float = 0.2  # epsilon of the clipped objective and values
-    clip_vloss: bool = True  # clip the value loss too; not in the paper
+    clip_vloss: bool = False  # clip the value loss too; not in the paper
     ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss, which has its own 1/2
     max_grad_norm: float = 0.5  # limit of the gradient's norm; 0: off

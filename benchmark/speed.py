@@ -49,7 +49,7 @@ ATARI = ("eager", "sb3", "sb3 1 thread", "sb3 subproc", "limit", "bf16", "bf16 l
 GPU = ("eager", "graphs", "graphs bf16", "sb3", "environments")
 MANY_GAMES = ("eager", "graphs", "graphs bf16", "environments")  # SB3 would take minutes for a turn
 CLEANRL = {"num_envs": 4, "num_steps": 128, "num_minibatches": 4, "update_epochs": 4}
-CLEANRL |= {"learning_rate": 2.5e-4, "norm_obs": False, "norm_reward": False}
+CLEANRL |= {"learning_rate": 2.5e-4, "norm_obs": False, "norm_reward": False, "clip_vloss": True}
 # What is not said is a default of the script. iterations: of one turn; flags: of all programs
 TASKS = {
     "cartpole": {"script": "ppo_discrete", "iterations": 20, "programs": VECTORS, "flags": CLEANRL},

@@ -104,9 +104,7 @@ def test_a_page_is_what_update_docs_writes(page):
 
 
 def test_update_docs_fills_tables_and_comments():
-    page = (
-        "| recipe | return | x |\n| --- | --- | --- |\n| `hopper` | ? | kept |\n| `nothing` | ? | kept |\n"
-    )
+    page = "| recipe | return | x |\n| --- | --- | --- |\n| `hopper` | ? | kept |\n| `nothing` | ? | kept |\n"
     page += "\n```bash\npython ppo_continuous.py  # hopper: ?\n```\n"
     page += "\n| tag | where |\n| --- | --- |\n| core 5 | ? |\n"
     page += "\n<!-- speed -->\n| old |\nthe end\n"

@@ -120,7 +120,7 @@ def resume():
 
 def stop_by_kl():
     """Optimiser steps taken with --target-kl 0.1, where only rank 0 sees a KL: 0, 0.15 and 0.3."""
-    steps, loss, kls = [], ppo_atari.ppo_loss, iter([0.0, 0.15, 0.3, *[9.0] * 5])
+    steps, loss, kls = [], ppo_atari.ppo_loss, iter([0.0, 0.15, 0.3, *[9.0] * 99])
 
     def scripted(*args, **kwargs):
         total, stats = loss(*args, **kwargs)

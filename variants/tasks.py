@@ -1,4 +1,4 @@
-"""Tasks on which the variants show what they are for: --env-id variants.tasks:DoorKey-v0, beside the scripts."""
+"""Tasks that show what the variants are for: --env-id variants.tasks:DoorKey-v0, beside the scripts."""
 
 import gymnasium
 from gymnasium.spaces import Box
