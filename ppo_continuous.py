@@ -455,6 +455,10 @@ def make_envs(args, num_envs, video_folder=None):
         actions = env.action_space
         fits = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1
         require(fits, f"{name} acts in {actions}, not in a Box of vectors: try ppo_discrete.py")
+        bounds = np.abs([actions.low, actions.high]).max(0)
+        if (bounds < 0.1).any() or (np.isfinite(bounds) & (bounds > 10)).any():
+            hint = "register an id with gymnasium.wrappers.RescaleAction(env, -1, 1)"
+            gym.logger.warn(f"{name} acts in {actions}, but actions begin near 0 +- 1: {hint}")
         if video_folder:
             require(util.find_spec("moviepy"), "--capture-video: pip install moviepy")
             os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")  # no display

@@ -5,6 +5,7 @@ flag and says what to do.
 """
 
 import importlib
+import warnings
 
 import gymnasium as gym
 import numpy as np
@@ -152,6 +153,18 @@ def test_a_film_needs_a_render_mode(monkeypatch, name):
 
 
 # --- and these are subtle ---
+
+
+@pytest.mark.parametrize("low, high, warns", [(300, 500, True), (-0.01, 0.01, True), (-2, 2, False)])
+def test_actions_that_cannot_be_learned_are_not_silent(monkeypatch, low, high, warns):
+    """The policy begins with actions near 0, of a size of about 1."""
+    script = importlib.import_module("ppo_continuous")
+    env_id = make("ppo_continuous", monkeypatch, action_space=Box(low, high, (2,), np.float32))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        script.make_envs(script.Args(env_id=env_id), 1).close()
+    said = [str(x.message) for x in caught if "RescaleAction" in str(x.message)]
+    assert len(said) == warns and all(f"--env-id {env_id} acts in" in x for x in said)
 
 
 class InPlace(gym.Env):

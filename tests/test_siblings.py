@@ -85,7 +85,7 @@ def changed(one, other, what):
         ("ppo_discrete", "ppo_continuous", "train", 16),
         ("ppo_discrete", "ppo_atari", "train", 60),
         ("ppo_discrete", "ppo_continuous", "LearningEnvs", 12),
-        ("ppo_discrete", "ppo_continuous", "make_envs", 12),
+        ("ppo_discrete", "ppo_continuous", "make_envs", 16),
         ("ppo_discrete", "ppo_continuous", "load_checkpoint", 10),
         ("ppo_discrete", "ppo_atari", "load_checkpoint", 10),
         ("ppo_discrete", "ppo_atari", "compute_gradients", 4),
@@ -150,7 +150,7 @@ def test_flags_that_mean_the_same_say_the_same(one, other):
 # --- sizes ---
 
 
-MOST_LINES = {"ppo_discrete": 724, "ppo_continuous": 720, "ppo_atari": 775}
+MOST_LINES = {"ppo_discrete": 724, "ppo_continuous": 724, "ppo_atari": 775}
 MOST_DIFFERENCES = {"ppo_continuous": 107, "ppo_atari": 468}  # from ppo_discrete
 
 
