@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "tyro==1.0.17", "tensorboard==2.21.0",
-#                 "tqdm==4.70.1", "moviepy==2.2.1", "pygame-ce==2.5.8", "mujoco==3.6.0"]
+#                 "tqdm==4.70.1", "moviepy==2.2.1", "pygame-ce==2.5.8", "box2d==2.3.10", "mujoco==3.6.0"]
 # ///
 """PPO for continuous actions and vector observations: the whole algorithm in one file.
 
