@@ -3,8 +3,8 @@
 It fills
 - the cells of tables whose first column is `recipe`, from results.csv (and `minutes` from speed.csv);
 - comments `# <recipe>: ...` behind commands in blocks of code, from the same files;
-- the tables marked <!-- speed -->, <!-- growth -->, <!-- threads --> and <!-- time_to_result -->, from the
-  files of these names, and <!-- speed on a GPU -->, <!-- time_to_result on a GPU --> from the same ones;
+- the tables marked <!-- speed -->, <!-- growth --> and <!-- threads -->, from the files of these names, and
+  <!-- speed on a GPU --> from the first of them;
 - tables marked <!-- recipes: group --> and commands marked <!-- commands: group -->, from recipes.toml;
 - tables marked <!-- ablation: group -->, from ablation.csv and results.csv;
 - of tables whose first column is `tag`, the column `where` from the scripts themselves, and `without it` from
@@ -15,7 +15,6 @@ All else stays as it is; a second run changes nothing. tests/test_docs.py fails 
 import ast
 import csv
 import functools
-import math
 import re
 import statistics
 import textwrap
@@ -263,50 +262,11 @@ def threads_table():
     return markdown(*table)
 
 
-TIMED = {
-    "eager": "ours",
-    "compile": "ours, `--compile`",
-    "graphs": "ours, `--cuda-graphs`",
-    "sb3": "Stable-Baselines3",
-}
-
-
-def time_table(gpu=False):
-    """Minutes until a return is reached and steps per second: medians over seeds; then those of each seed."""
-    rows = on("time_to_result", gpu)
-    programs = [program for program in TIMED if any(row["program"] == program for row in rows)]
-    table = [["task", "return", *(TIMED[program] for program in programs)], rule(2 + len(programs))]
-    for task in dict.fromkeys(row["task"] for row in rows):
-        mine = [row for row in rows if row["task"] == task]
-        cells = [task.removeprefix("gpu "), f"{float(mine[0]['target']):,.0f}"]
-        for program in programs:
-            runs = [row for row in mine if row["program"] == program]
-            cells.append(time_cell(runs) if runs else NOT_MEASURED)
-        table.append(cells)
-    return markdown(*table)
-
-
-def time_cell(runs):
-    # a run that ended before it got there took longer than all that did
-    median, shown = statistics.median(float(run["minutes"] or "inf") for run in runs), ["not reached"]
-    if median < math.inf:
-        speeds = [float(run["steps"]) / float(run["minutes"]) / 60 for run in runs if run["minutes"]]
-        shown = [f"{median:.1f} min, {statistics.median(speeds):,.0f} steps/s"]
-    for run in sorted(runs, key=lambda run: int(run["seed"])):
-        if run["minutes"]:
-            shown.append(f"{float(run['minutes']):.1f} min, {int(run['steps']):,} steps")
-        else:
-            shown.append("not reached")
-    return "<br>".join(shown)
-
-
 TABLES = {
     "speed": speed_table,
     "speed on a GPU": functools.partial(speed_table, gpu=True),
     "growth": growth_table,
     "threads": threads_table,
-    "time_to_result": time_table,
-    "time_to_result on a GPU": functools.partial(time_table, gpu=True),
 }
 OF_GROUPS = {"recipes": recipes_table, "commands": command_lines, "ablation": ablation_table}
 

@@ -147,14 +147,6 @@ def test_a_variant_that_lacks_a_detail_names_its_tag():
     assert all(f"| {tag} |" in details for tag in named)
 
 
-def test_a_time_to_a_result_is_of_a_run_that_reached_it():
-    runs = rows("time_to_result")
-    assert {(row["task"], row["program"]) for row in runs} >= {("cartpole", "eager"), ("cartpole", "sb3")}
-    for row in runs:
-        if row["minutes"]:
-            assert float(row["return"]) >= float(row["target"]) and float(row["minutes"]) > 0
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_the_script_computes_what_the_rows_were_made_with(name):
     """If this fails, rows no longer show what the script does: docs/contributing.md, Benchmarks."""
@@ -216,9 +208,8 @@ def test_a_row_names_the_machine_that_trained(monkeypatch):
 def test_rows_with_graphs_were_made_on_a_gpu():
     found = [row for row in rows("results") if "--cuda-graphs" in row["flags"]]
     assert found and all("NVIDIA" in row["hardware"] for row in found)
-    for name in ("speed", "time_to_result"):
-        on_gpu = [row for row in rows(name) if row["task"].startswith("gpu ")]
-        assert on_gpu and all(row["gpu"] for row in on_gpu)
+    on_gpu = [row for row in rows("speed") if row["task"].startswith("gpu ")]
+    assert on_gpu and all(row["gpu"] for row in on_gpu)
 
 
 def test_speeds_are_shown_where_sb3_was_not_run():
@@ -253,7 +244,6 @@ def test_a_table_names_the_seeds_that_were_not_run(monkeypatch):
 def test_tables_of_a_gpu_and_of_a_cpu_are_apart():
     import update_docs
 
-    for table in (update_docs.speed_table, update_docs.time_table):
-        on_cpu, on_gpu = ("\n".join(table(gpu)) for gpu in (False, True))
-        assert "graphs" in on_gpu and "graphs" not in on_cpu
-        assert "cartpole" in on_cpu and "cartpole" not in on_gpu
+    on_cpu, on_gpu = ("\n".join(update_docs.speed_table(gpu)) for gpu in (False, True))
+    assert "graphs" in on_gpu and "graphs" not in on_cpu
+    assert "cartpole" in on_cpu and "cartpole" not in on_gpu
