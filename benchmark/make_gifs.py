@@ -1,11 +1,11 @@
-"""Film trained agents: short loops as docs/images/cartpole.gif, halfcheetah.gif and breakout.gif.
+"""Film trained agents: short loops as docs/images/cartpole.gif, lunarlander.gif, halfcheetah.gif, breakout.gif.
 
     pip install -r benchmark/requirements.txt
-    python benchmark/make_gifs.py benchmark/runs/{cartpole-1,halfcheetah-1,breakout-fp32-1}
+    python benchmark/make_gifs.py benchmark/runs/{cartpole-1,lunarlander-1,halfcheetah-1,breakout-10m-1}
 
-Each argument is a run directory or a checkpoint.pt. Agents take deterministic actions in episodes with seeds
-that training never used. Of several runs of one script the one with the highest mean return is filmed, in the
-episode that is its median. The runs are not written to.
+Each argument is a run directory. Agents take deterministic actions in episodes with seeds that training never
+used. Of several runs of one task the one with the highest mean return is filmed, in the episode that is its
+median. The runs are not written to.
 """
 
 import importlib
@@ -50,14 +50,21 @@ def most_bricks(frames, length):
     return max(starts, key=lambda start: int(bricks[start]) - int(bricks[start + length]))
 
 
+def from_the_start(frames, length):
+    return 0
+
+
 # every: which frames of the video are kept, to save bytes; the speed stays that of the video
 WHOLE = (slice(None), slice(None))
 MIDDLE = (slice(100, 340), slice(120, 480))  # of 400 rows and 600 columns, which are mostly empty
 GIFS = {
-    "ppo_discrete": {"name": "cartpole", "seconds": 4, "every": 2, "excerpt": best_loop, "crop": MIDDLE},
-    "ppo_continuous": {"name": "halfcheetah", "seconds": 3, "every": 1, "excerpt": best_loop, "crop": WHOLE},
-    "ppo_atari": {"name": "breakout", "seconds": 10, "every": 1, "excerpt": most_bricks, "crop": WHOLE},
+    "CartPole": {"seconds": 4, "every": 2, "excerpt": best_loop, "crop": MIDDLE},
+    "LunarLander": {"seconds": 12, "every": 3, "excerpt": from_the_start, "crop": WHOLE},
+    "HalfCheetah": {"seconds": 3, "every": 1, "excerpt": best_loop, "crop": WHOLE},
+    "Breakout": {"seconds": 10, "every": 1, "excerpt": most_bricks, "crop": WHOLE},
 }
+# runs along with the cheetah, and looks down on its chequered floor; mjCAMERA_TRACKING is 1
+CAMERA = {"type": 1, "trackbodyid": 1, "distance": 3.4, "elevation": -20.0, "azimuth": 100.0}
 
 
 def film(checkpoint, script, seed):
@@ -88,42 +95,42 @@ def write_gif(frames, milliseconds, path):
 
 
 def main(runs: tyro.conf.Positional[tuple[Path, ...]], episodes: int = 5):
-    """Write a gif for each script among the runs.
+    """Write a gif for each task among the runs.
 
     Args:
-        runs: run directories or checkpoints.
+        runs: run directories of scripts of this checkout.
         episodes: to choose from.
     """
     sys.path.append(str(HERE.parent))  # for the scripts
     os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")  # needs no display
     torch.set_num_threads(1)
     seeds = range(1_000_001, 1_000_001 + episodes)
-    best = {}  # name of the script: (mean return, checkpoint, return per seed)
+    best = {}  # task: (mean return, checkpoint, return per seed, script)
     for run in runs:
-        checkpoint = run / "checkpoint.pt" if run.is_dir() else run
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        name = saved["script"]
-        script = importlib.import_module(name)
-        if name == "ppo_continuous":  # a camera that runs along; the one by default stands still
-            camera = {"camera_name": "track", "width": 360, "height": 240}
-            gymnasium.spec(saved["args"]["env_id"]).kwargs.update(camera)
+        checkpoint = run / "checkpoint.pt"
+        args = torch.load(checkpoint, map_location="cpu", weights_only=True)["args"]
+        script = importlib.import_module(args["exp_name"])
+        (name,) = [task for task in GIFS if args["env_id"].startswith(task)]
+        if name == "HalfCheetah":
+            camera = {"camera_id": -1, "default_camera_config": CAMERA, "width": 360, "height": 240}
+            gymnasium.spec(args["env_id"]).kwargs.update(camera)
         returns = [float(script.evaluate(checkpoint, 1, True, seed)[0]) for seed in seeds]
         mean = statistics.mean(returns)
         print(f"{run}: returns {', '.join(f'{x:.1f}' for x in returns)}")
         if name not in best or mean > best[name][0]:
-            best[name] = (mean, checkpoint, returns)
+            best[name] = (mean, checkpoint, returns, script)
 
     IMAGES.mkdir(parents=True, exist_ok=True)
-    for name, (_, checkpoint, returns) in best.items():
+    for name, (_, checkpoint, returns, script) in best.items():
         gif = GIFS[name]
         median = statistics.median_high(returns)
         seed = seeds[returns.index(median)]
-        print(f"{gif['name']}.gif: {checkpoint}, seed {seed}, return {median:.1f}")
-        frames, fps = film(checkpoint, importlib.import_module(name), seed)
+        print(f"{name}: {checkpoint}, seed {seed}, return {median:.1f}")
+        frames, fps = film(checkpoint, script, seed)
         length = min(round(gif["seconds"] * fps), len(frames) - 2)
         start = gif["excerpt"](frames, length)
         excerpt = frames[start : start + length : gif["every"], *gif["crop"]]
-        write_gif(excerpt, round(1000 * gif["every"] / fps), IMAGES / f"{gif['name']}.gif")
+        write_gif(excerpt, round(1000 * gif["every"] / fps), IMAGES / f"{name.lower()}.gif")
 
 
 if __name__ == "__main__":
