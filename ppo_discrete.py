@@ -462,8 +462,9 @@ def make_envs(args, num_envs, video_folder=None):
         if video_folder:
             require(util.find_spec("moviepy"), "--capture-video: pip install moviepy")
             env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: episode == 0)
-        if len(env.observation_space.shape or ()) != 1:
-            env = gym.wrappers.FlattenObservation(env)  # numbers, matrices, dictionaries
+        vector = gym.spaces.Box | gym.spaces.MultiBinary
+        if not isinstance(env.observation_space, vector) or len(env.observation_space.shape) != 1:
+            env = gym.wrappers.FlattenObservation(env)  # matrices, dictionaries; integers as one-hot
         return DropInfos(env)
 
     # [ours 2] NEXT_STEP, the default, spends a step of reward 0 on a reset: a row nobody should learn from

@@ -1,4 +1,4 @@
-"""Film trained agents: short loops as docs/images/cartpole.gif, lunarlander.gif, halfcheetah.gif, breakout.gif.
+"""Film trained agents: docs/images/cartpole.gif, lunarlander.gif, halfcheetah.gif and breakout.gif.
 
     pip install -r benchmark/requirements.txt
     python benchmark/make_gifs.py benchmark/runs/{cartpole-1,lunarlander-1,halfcheetah-1,breakout-10m-1}
