@@ -1,7 +1,7 @@
 """Make the patches anew after a script has changed: python variants/renew.py COMMIT
 
-COMMIT is the last one in which they fit. What a patch did to the script there is merged with what was done to the
-script since; where both changed the same lines, the patch is left as it is and named.
+COMMIT is the last one in which they fit. What a patch did to the script there is merged with what was done to
+the script since; where both changed the same lines, the patch is left as it is and named.
 """
 
 import os
