@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from ablation import scores_of_runs, summarise
+from matplotlib import patheffects
 from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 from recipes import read_recipes
 
@@ -29,7 +30,7 @@ MAIN_RECIPES = {  # of curves.png, with their titles
     "halfcheetah": "HalfCheetah-v5",
     "breakout-fp32": "Breakout, 4 frames a step",
 }
-PLOTTED_GROUPS = ("classic", "mujoco-v5", "mujoco-v4", "atari", "strong", "tutorials")
+PLOTTED_GROUPS = ("classic", "mujoco-v5", "mujoco-v4", "atari", "atari-10m", "strong", "tutorials")
 DARK, LIGHT = "#08306b", "#e6550d"  # a dark blue and an orange that is much lighter in print
 
 
@@ -41,26 +42,24 @@ def common_steps(curves, recipe):
 
 
 def draw_seeds(axis, curves, recipe, **style):
-    """Mean of the seeds as a line, lowest to highest as a band. Returns what it has drawn."""
+    """Mean of the seeds as a line, lowest to highest as a band."""
     data = common_steps(curves, recipe)
     sns.lineplot(data, x="step", y="return", errorbar=("pi", 100), ax=axis, legend=False, lw=2, **style)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500k, 1M
     axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axis.set(xlabel="", ylabel="", xlim=(0, None))
-    return data
 
 
-def draw_published(axis, recipe, data):
-    """Dashed lines with their names at the right, below the line if the mean is above it there."""
-    at_the_right = data[data["step"] > 0.75 * data["step"].max()]
+def draw_published(axis, recipe):
+    """Dashed lines with their names above them at the left, where curves are still low, and a white rim."""
+    rim = [patheffects.withStroke(linewidth=3, foreground="white")]
     for name, value in RECIPES[recipe].get("lines", []):
         axis.axhline(value, color="black", ls="--", lw=1.2)
-        below = at_the_right["return"].mean() > value
-        place = {"xytext": (0, -3 if below else 3), "textcoords": "offset points"}
-        place |= {"ha": "right", "va": "top" if below else "bottom"}
-        axis.annotate(name, (0.98, value), xycoords=("axes fraction", "data"), fontsize=11, **place)
-    axis.margins(y=0.12)
+        place = {"xytext": (0, 2), "textcoords": "offset points", "ha": "left", "va": "bottom"}
+        place |= {"xycoords": ("axes fraction", "data"), "path_effects": rim, "zorder": 1.9}
+        axis.annotate(name, (0.02, value), fontsize=11, **place)
+    axis.margins(y=0.15)
 
 
 def draw_panels(curves, titles, columns, panel_size, path):
@@ -69,8 +68,8 @@ def draw_panels(curves, titles, columns, panel_size, path):
     size = panel_size[0] * columns, max(panel_size[1] * rows, 3.4)
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for axis, (recipe, title) in zip(axes.flat, titles.items(), strict=False):
-        data = draw_seeds(axis, curves, recipe, color=DARK)
-        draw_published(axis, recipe, data)
+        draw_seeds(axis, curves, recipe, color=DARK)
+        draw_published(axis, recipe)
         axis.set_title(title, fontsize=12)
     for axis in axes.flat[len(titles) :]:
         axis.set_visible(False)
@@ -81,8 +80,9 @@ def draw_panels(curves, titles, columns, panel_size, path):
     handles = [
         plt.Line2D([], [], color=DARK, lw=2, label="mean of the seeds"),
         plt.Rectangle((0, 0), 1, 1, color=DARK, alpha=0.2, lw=0, label="lowest to highest seed"),
-        plt.Line2D([], [], color="black", ls="--", lw=1.2, label="published PPO"),
     ]
+    if any(RECIPES[recipe].get("lines") for recipe in titles):
+        handles.append(plt.Line2D([], [], color="black", ls="--", lw=1.2, label="published PPO"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path)
 
@@ -121,10 +121,10 @@ def draw_ablation(rows, path):
     """A panel per script: the score of each variant with its interval, a small point per run."""
     summary = summarise(rows)
     groups = list(dict.fromkeys(summary["group"]))
-    size = max(4.6 * len(groups), 7.5), 4.8
+    size = max(3.8 * len(groups), 7.5), 4.8
     figure, axes = plt.subplots(1, len(groups), figsize=size, layout="constrained", squeeze=False)
     for axis, group in zip(axes.flat, groups, strict=True):
-        mine = summary[summary["group"] == group].sort_values("score")
+        mine = summary[summary["group"] == group].iloc[::-1]  # as in recipes.toml, from the top
         names = mine["variant"].str.replace("-", " ")
         runs = rows[rows["group"] == group].assign(name=lambda x: x["variant"].str.replace("-", " "))
         axis.hlines(names, mine["low"], mine["high"], color=DARK, lw=2)
@@ -142,7 +142,7 @@ def draw_ablation(rows, path):
     sns.despine(figure)
     handles = [
         plt.Line2D([], [], color=DARK, marker="D", lw=2, label="mean score, 95 % interval"),
-        plt.Line2D([], [], color="black", ls="--", lw=1.2, label="the script as it is"),
+        plt.Line2D([], [], color="black", ls="--", lw=1.2, label="the script as it is: left of it is worse"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)
@@ -164,7 +164,7 @@ def main():
             titles = {name: f"{name}\n{title}" for name, title in titles.items()}
         titles = {name: title for name, title in titles.items() if name in drawn}
         if titles:
-            draw_panels(curves, titles, 4 if len(titles) > 9 else 3, (3.4, 2.9), IMAGES / f"{group}.png")
+            draw_panels(curves, titles, 3, (3.4, 2.9), IMAGES / f"{group}.png")
     scores = scores_of_runs(pd.read_csv(HERE / "results.csv"), pd.read_csv(HERE / "random_play.csv"), RECIPES)
     if len(scores) > 0:
         draw_ablation(scores, IMAGES / "ablation.png")
