@@ -378,22 +378,25 @@ class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
         super().__init__(envs)
         buttons = envs.unwrapped.ale.get_action_set()
         self.fire = buttons.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in buttons else None
-        self.sticky = sticky > 0  # the emulator's FIRE at the start of a game may get lost then
+        self.presses = 1 + (sticky > 0)  # a sticky action may take the place of FIRE, hardly twice
+        self.presses_at_start = 2 * (sticky > 0)  # else the emulator's own is enough
 
     def reset(self, **kwargs):
         obs, infos = super().reset(**kwargs)
         self.lives = infos["lives"]
-        self.press_fire = np.full(self.num_envs, self.sticky)  # (N,) in the next step
+        self.press_fire = np.full(self.num_envs, self.presses_at_start)  # (N,) in how many steps
         return obs, infos
 
     def step(self, actions):
         if self.fire is not None:  # [atari 4] the game gets FIRE, while the buffer keeps the agent's action
-            actions = np.where(self.press_fire, self.fire, actions)
+            actions = np.where(self.press_fire > 0, self.fire, actions)
         obs, rewards, terminated, truncated, infos = super().step(actions)
         fewer = (infos["lives"] < self.lives) & (infos["lives"] > 0)
         game_over = terminated | truncated  # infos["lives"] are those of the next game then
         life_lost = fewer & ~game_over
-        self.press_fire = life_lost | (game_over & self.sticky)
+        self.press_fire -= 1
+        self.press_fire[life_lost] = self.presses
+        self.press_fire[game_over] = self.presses_at_start
         self.lives = infos["lives"]
         return obs, np.sign(rewards), terminated | life_lost, truncated, infos  # [atari 3] [atari 6]
 

@@ -380,15 +380,24 @@ def test_only_the_game_that_lost_a_life_is_fired_at(lives, sent, monkeypatch):
 
 @pytest.mark.parametrize(("env_id", "first"), [("BreakoutNoFrameskip-v4", RIGHT), ("ALE/Breakout-v5", FIRE)])
 def test_with_sticky_actions_fire_begins_every_game(atari, sent, monkeypatch, env_id, first):
-    """The emulator presses it for one frame only, in which a sticky action may take its place."""
-    monkeypatch.setattr(stub_envs.FakeAtari, "story", {"ends": [(2, "terminated"), (2, "truncated")] * 2})
+    """In two steps: the emulator presses it for one frame only, in which a sticky action may take its place."""
+    monkeypatch.setattr(stub_envs.FakeAtari, "story", {"ends": [(3, "terminated"), (3, "truncated")] * 2})
     monkeypatch.setattr(ale_py, "AtariVectorEnv", stub_envs.FakeAtari)
     envs = atari.make_envs(atari.Args(env_id=env_id), 1)
     envs.reset(seed=1)
-    steps(envs, 5, np.array([RIGHT]))
+    steps(envs, 7, np.array([RIGHT]))
     envs.reset(seed=1)
     steps(envs, 1, np.array([RIGHT]))
-    assert [x[0] for x in sent] == [first, RIGHT, first, RIGHT, first, first]
+    assert [x[0] for x in sent] == [first, first, RIGHT] * 2 + [first, first]
+
+
+@pytest.mark.parametrize(("sticky", "second"), [(0.0, RIGHT), (0.25, FIRE)])
+def test_with_sticky_actions_fire_is_pressed_twice_after_a_lost_life(lives, sent, sticky, second):
+    envs = lives((2, 1, 1, 1, 1, 2))
+    envs = type(envs)(envs.env, sticky)
+    envs.reset(seed=1)
+    steps(envs, 5, np.array([RIGHT]))
+    assert [x[0] for x in sent][2:] == [FIRE, second, RIGHT]
 
 
 def test_no_ball_waits_for_a_sticky_agent_that_does_nothing(atari):
@@ -447,7 +456,7 @@ def test_frames_and_sticky_actions_are_those_of_the_id(atari):
         obs, _ = envs.reset(seed=5)
         return np.stack([obs] + [envs.step(a)[0] for a in actions])
 
-    actions[0] = FIRE  # which the script presses at first with sticky actions
+    actions[:2] = FIRE  # which the script presses at first with sticky actions
 
     def emulator(sticky):
         options = {"noop_max": 30, "frameskip": 4, "maxpool": True, "use_fire_reset": True, "num_threads": 1}
