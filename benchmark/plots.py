@@ -3,7 +3,7 @@
     pip install -r benchmark/requirements.txt
     python benchmark/plots.py
 
-    curves.png     the README's: one task per script
+    curves.png     the README's: some tasks of each script
     classic.png, mujoco-v5.png, ...   the recipes of a group, with published returns as dashed lines
     ablation.png   what each detail is worth: scores of ablation.py, 1 is the script as it is
     precision.png  Breakout with the CNN in fp32 and in bf16
@@ -27,7 +27,10 @@ IMAGES = HERE.parent / "docs" / "images"
 RECIPES = read_recipes()
 MAIN_RECIPES = {  # of curves.png, with their titles
     "cartpole": "CartPole-v1",
+    "mountaincar": "MountainCar-v0",
+    "lunarlander": "LunarLander-v3",
     "halfcheetah": "HalfCheetah-v5",
+    "walker2d": "Walker2d-v5",
     "breakout-fp32": "Breakout, 4 frames a step",
 }
 PLOTTED_GROUPS = ("classic", "mujoco-v5", "mujoco-v4", "atari", "atari-10m", "strong", "tutorials")
@@ -156,7 +159,7 @@ def main():
     curves = pd.read_csv(HERE / "curves.csv")
     drawn = set(curves["recipe"])
     main_titles = {recipe: title for recipe, title in MAIN_RECIPES.items() if recipe in drawn}
-    draw_panels(curves, main_titles, 3, (3.6, 3.4), IMAGES / "curves.png")
+    draw_panels(curves, main_titles, 3, (3.4, 2.9), IMAGES / "curves.png")
     for group in PLOTTED_GROUPS:
         entries = {name: x for name, x in RECIPES.items() if x["group"] == group}
         titles = {name: x["env_id"] for name, x in entries.items()}

@@ -102,6 +102,7 @@ def cells_of(recipe):
     return {
         "steps": f"{steps:,}" if steps else NOT_MEASURED,
         "return": mean_and_spread(numbers["episodic_return"]),
+        "evaluated": mean_and_spread(numbers["eval_sampled"]) + mark(runs),
         "each seed": each(numbers["episodic_return"]) + mark(runs),
         "training": both(numbers["episodic_return"]) + mark(runs),
         "sampled": both(numbers["eval_sampled"]),

@@ -150,7 +150,7 @@ def test_flags_that_mean_the_same_say_the_same(one, other):
 # --- sizes ---
 
 
-MOST_LINES = {"ppo_discrete": 725, "ppo_continuous": 725, "ppo_atari": 777}
+MOST_LINES = {"ppo_discrete": 726, "ppo_continuous": 725, "ppo_atari": 777}
 MOST_DIFFERENCES = {"ppo_continuous": 107, "ppo_atari": 472}  # from ppo_discrete
 
 
