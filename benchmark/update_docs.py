@@ -385,7 +385,7 @@ def updated(text):
 
 
 def pages():
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [ROOT / "README.md", ROOT / "variants" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def main():
