@@ -261,15 +261,16 @@ def test_the_environment_of_the_docs_trains(discrete, monkeypatch):
 # in code spans, but not of the scripts
 OTHER_NAMES = {
     "PPO_SCRIPTS",
+    "PICTURE",
     "a3",
     "code",
     "evaluate_policy",
+    "lstm",
     "my_env",
     "render",
     "render_modes",
-    "ruff",
-    "uv",
 }
+OTHER_NAMES |= {"ruff", "uv"}
 
 
 def test_names_in_the_text_exist():

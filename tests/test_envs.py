@@ -380,7 +380,7 @@ def test_only_the_game_that_lost_a_life_is_fired_at(lives, sent, monkeypatch):
 
 @pytest.mark.parametrize(("env_id", "first"), [("BreakoutNoFrameskip-v4", RIGHT), ("ALE/Breakout-v5", FIRE)])
 def test_with_sticky_actions_fire_begins_every_game(atari, sent, monkeypatch, env_id, first):
-    """In two steps: the emulator presses it for one frame only, in which a sticky action may take its place."""
+    """In two steps: the emulator presses it for one frame, in which a sticky action may take its place."""
     monkeypatch.setattr(stub_envs.FakeAtari, "story", {"ends": [(3, "terminated"), (3, "truncated")] * 2})
     monkeypatch.setattr(ale_py, "AtariVectorEnv", stub_envs.FakeAtari)
     envs = atari.make_envs(atari.Args(env_id=env_id), 1)
