@@ -122,8 +122,7 @@ def running_mean_var(mean, var, count, batch):
     weight = len(batch) / total
     batch_mean = batch.sum(0) / len(batch)
     delta = batch_mean - mean
-    squares = ((batch - batch_mean) ** 2).sum(0)
-    squares = var * count + squares + delta**2 * (count * weight)
+    squares = var * count + ((batch - batch_mean) ** 2).sum(0) + delta**2 * (count * weight)
     return mean + delta * weight, squares / total, total
 
 
@@ -140,8 +139,7 @@ class Agent(nn.Module):
         self.logits_shape = (*num_actions.shape, widest)  # (branches, widest) or (actions,)
         invalid = torch.arange(widest) >= num_actions.unsqueeze(-1)  # what narrower branches lack
         self.invalid = nn.Buffer(invalid, persistent=False)
-        num_logits = math.prod(self.logits_shape)
-        self.actor = mlp(obs_dim, num_logits, 0.01, args)  # 0.01: almost uniform at first
+        self.actor = mlp(obs_dim, math.prod(self.logits_shape), 0.01, args)  # 0.01: almost uniform at first
         self.shapes = (obs_dim,), num_actions.tolist()  # for checkpoints
 
         self.norm_obs = args.norm_obs
@@ -157,8 +155,7 @@ class Agent(nn.Module):
         if update:  # [cont 6] only in the rollout, not in evaluation
             statistics = self.obs_mean, self.obs_var, self.obs_count
             self.obs_mean, self.obs_var, self.obs_count = running_mean_var(*statistics, raw_obs)
-        obs = (raw_obs - self.obs_mean) / (self.obs_var + 1e-8).sqrt()
-        return obs.clamp(-10, 10).float()  # [cont 7]
+        return ((raw_obs - self.obs_mean) / (self.obs_var + 1e-8).sqrt()).clamp(-10, 10).float()  # [cont 7]
 
     def get_value(self, obs):
         """V, (N,), of normalised observations (N, obs_dim)."""
@@ -239,8 +236,7 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
         v_error = torch.max(v_error, (values + change - returns) ** 2)
     v_loss = 0.5 * v_error.mean()
     mean_entropy = entropy.mean()
-    # [core 10] minus eq. 9
-    loss = pg_loss - args.ent_coef * mean_entropy + args.vf_coef * v_loss
+    loss = pg_loss - args.ent_coef * mean_entropy + args.vf_coef * v_loss  # [core 10] minus eq. 9
 
     stats = {  # [core 12]
         "pg_loss": pg_loss.detach(),
@@ -295,14 +291,12 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
     as_tensor = partial(torch.as_tensor, device=device)
     envs = make_envs(args, N)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
-    adam = {"lr": args.learning_rate, "eps": 1e-5, "fused": True}  # [core 3]
-    optimizer = torch.optim.Adam(agent.parameters(), **adam)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
     kl_coef = None
     if args.objective == "kl-penalty":  # a tensor: compiled code would keep a number as it is
         kl_coef = torch.tensor(args.kl_penalty_coef, device=device)
     global_step = checkpoint["global_step"] if checkpoint else 0
-    # + global_step: other episodes after --resume
-    next_obs, _ = envs.reset(seed=(args.seed + global_step) % 10**9)
+    next_obs, _ = envs.reset(seed=(args.seed + global_step) % 10**9)  # other episodes after --resume
     if checkpoint:
         restore(checkpoint, agent, optimizer, envs, kl_coef)
 
@@ -320,23 +314,20 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
     with closing(envs), open_log(args, global_step, device) as (writer, bar):
         for iteration in range(global_step // B + 1, num_iterations + 1):
             # --- 1. learning rate: down to learning_rate / num_iterations [core 4] ---
-            lr = args.learning_rate
-            if args.anneal_lr:
-                lr *= 1 - (iteration - 1) / num_iterations
+            fraction_left = 1 - (iteration - 1) / num_iterations if args.anneal_lr else 1
+            lr = fraction_left * args.learning_rate
             optimizer.param_groups[0]["lr"] = lr
 
             # --- 2. rollout: T steps of N environments, across the ends of episodes ---
             with torch.no_grad():
                 for t in range(T):
                     obs[t], actions[t], logprobs[t], values[t] = act(as_tensor(next_obs))
-                    results = envs.step(actions[t].cpu().numpy())
-                    next_obs, rewards[t], terminated, truncated, infos = results
+                    next_obs, rewards[t], terminated, truncated, infos = envs.step(actions[t].cpu().numpy())
                     dones[t] = terminated | truncated
                     time_limit = truncated & ~terminated  # (N,)
                     if time_limit.any():  # [ours 1] add the value of what was cut off
-                        final_obs = as_tensor(np.stack(infos["final_obs"][time_limit]))
-                        final_value = agent.get_value(agent.normalize(final_obs))
-                        rewards[t, time_limit] += args.gamma * final_value.cpu().numpy()
+                        final_obs = agent.normalize(as_tensor(np.stack(infos["final_obs"][time_limit])))
+                        rewards[t, time_limit] += args.gamma * agent.get_value(final_obs).cpu().numpy()
                 # (N,); where step T ended an episode, compute_gae ignores it
                 next_value = agent.get_value(agent.normalize(as_tensor(next_obs)))
             global_step += B
@@ -370,8 +361,7 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
                 charts["kl"] = adapt_kl_coef(kl_coef, agent, batch, args.kl_penalty_target)
 
             # --- 5. logs, checkpoint: no part of the algorithm; losses are means [ours 4] ---
-            by_name = {name: [x[name] for x in step_stats] for name in step_stats[0]}
-            losses = {name: torch.stack(xs).mean().item() for name, xs in by_name.items()}
+            losses = {x: torch.stack([stats[x] for stats in step_stats]).mean().item() for x in step_stats[0]}
             check_finite(losses, agent, global_step)  # [ours 5] before it is saved
             if returns.var() > 0:  # 1: V is right, 0: no better than the mean of the returns
                 losses["explained_variance"] = 1 - (returns - values).var() / returns.var()
@@ -542,8 +532,7 @@ def prepare(args):
     if args.capture_video:  # what is missing for it shows now, not after the training
         make_envs(args, 1, f"{args.run_dir}/videos").close()
     seed_everything(args.seed)
-    if args.num_threads > 0:
-        torch.set_num_threads(args.num_threads)
+    torch.set_num_threads(args.num_threads if args.num_threads > 0 else torch.get_num_threads())
     torch.backends.cudnn.deterministic = args.torch_deterministic
     return args, checkpoint
 

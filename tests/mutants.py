@@ -49,8 +49,10 @@ class Mutant(NamedTuple):
 # an observation is kept as a reference, which is read after the step; targets move with the value function
 RECORDS_SIGNS = "LearningEnvs(gym.wrappers.vector.TransformReward(envs, np.sign), sticky)"
 CARRIES_ON = 'super().step(actions); self.episode_returns += infos.get("episode", {"r": 0})["r"] * truncated'
-STORES_LATE = "obs[t], results = as_tensor(next_obs), envs.step"
+STEPS = "next_obs, rewards[t], terminated, truncated, infos = envs"
+STORES_LATE = f"obs[t], ({STEPS.removesuffix(' = envs')}) = as_tensor(next_obs), envs"
 LEARNS_FROM_NEW_VALUES = 'mb["advantages"], mb["advantages"] + new[2].detach(), mb'
+NOT_NORMALISED = "agent.get_value(as_tensor(np.stack(infos['final_obs'][time_limit])).float())"
 BEFORE_THE_ACTION = "agent.get_value(obs[t, torch.as_tensor(time_limit)])"
 
 # a mistake that somebody might make for each bug; compute_gae and ppo_loss are tested in ppo_discrete
@@ -62,7 +64,7 @@ MUTANTS = [
         "rollout",
         "b04",
         "continuous",
-        "agent.get_value(agent.normalize(final_obs))",
+        "agent.get_value(final_obs)",
         BEFORE_THE_ACTION,
     ),
     ("gae", "b05", "discrete", "decays[t] *", "gamma * gae_lambda *"),
@@ -94,8 +96,8 @@ MUTANTS = [
         "rollout",
         "b30",
         "discrete",
-        "agent.get_value(agent.normalize(final_obs))",
-        "agent.get_value(final_obs.float())",
+        "agent.get_value(final_obs)",
+        NOT_NORMALISED,
     ),
     ("rollout", "b31", "continuous", 'and_value(mb["obs"]', 'and_value(agent.normalize(mb["obs"])'),
     ("agent", "b32_running_mean_var", "discrete", "** 2).sum(0)", "** 2).mean(0)"),
@@ -117,7 +119,7 @@ MUTANTS = [
     ),
     ("checkpoint", "b37", "continuous", "torch.manual_seed(seed)", "pass"),
     ("checkpoint", "b38_resumed_run_is and discrete-clip", "discrete", "optimizer.load_state_dict", "dict"),
-    ("rollout", "b39_vector", "discrete", "results = envs.step", STORES_LATE),
+    ("rollout", "b39_vector", "discrete", STEPS, STORES_LATE),
     ("rollout", "b40", "continuous", "actions.clip(self.space.low, self.space.high)", "actions"),
     ("update", "b41", "atari", "/ returns.var()", "/ values.var()"),
     ("loss", "b42", "discrete", "ratio = logratio.exp()", "ratio = newlogprob.exp() / logprobs.exp()"),

@@ -150,6 +150,7 @@ def test_a_masked_action_is_never_taken(variant, monkeypatch, tmp_path, kind, ac
     script = variant("action-mask")
     kwargs = {"observation_space": VECTOR, "action_space": actions}
     result = train(script, monkeypatch, tmp_path / "run", kind, kwargs=kwargs, norm_obs=norm_obs)
+    assert result["episodic_return"] == 5.0, "the environment raises at an invalid action"
     goes_on_and_is_evaluated(script, result)
 
 
@@ -223,7 +224,9 @@ def test_the_value_at_a_time_limit_remembers_the_episode(variant, monkeypatch, t
 def test_lstm_resumes_and_is_evaluated(variant, monkeypatch, tmp_path):
     script = variant("lstm")
     kwargs = {"observation_space": VECTOR, "action_space": Discrete(3)}
-    goes_on_and_is_evaluated(script, train(script, monkeypatch, tmp_path / "run", Toy, kwargs=kwargs))
+    result = train(script, monkeypatch, tmp_path / "run", Toy, kwargs=kwargs)
+    assert {x.split(".")[0] for x in result["agent"].state_dict()} >= {"lstm", "actor", "critic"}
+    goes_on_and_is_evaluated(script, result)
 
 
 def test_lstm_wants_whole_environments(variant):
