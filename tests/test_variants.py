@@ -191,6 +191,19 @@ def test_the_update_sees_the_states_of_the_rollout(variant, monkeypatch, tmp_pat
         assert max(abs(x) for x in scalars(result)[name]) < 1e-6
 
 
+def test_an_episode_begins_with_an_empty_memory(variant):
+    """What came before the start of an episode makes no difference to it; what came after, does."""
+    script = variant("lstm")
+    agent = script.Agent(VECTOR, Discrete(3), script.Args())
+    obs, empty = torch.randn(6, 2, 4), [torch.zeros(2, agent.size)] * 2
+    starts = torch.zeros(6, 2)
+    starts[3, 0] = 1  # in the first environment only
+    features, _ = agent.recall(obs, empty, starts)
+    fresh, _ = agent.recall(obs[3:], empty, torch.zeros(3, 2))
+    assert torch.allclose(features[3:, 0], fresh[:, 0])
+    assert not torch.allclose(features[3:, 1], fresh[:, 1])
+
+
 def test_the_value_at_a_time_limit_remembers_the_episode(variant, monkeypatch, tmp_path):
     """Where a state counts the steps of its episode and V is that count, V of what is cut off is one more."""
     script, seen = variant("lstm"), []
