@@ -5,13 +5,15 @@ by FakeAtari, which stands in for ale_py.AtariVectorEnv. All of them refuse an a
 """
 
 import math
+import os
+import signal
 from types import SimpleNamespace
 from typing import ClassVar
 
 import ale_py
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from gymnasium.vector import AutoresetMode
 
 
@@ -22,6 +24,7 @@ def reward_of(step, tag):
 
 # ends: the length of each episode and how it ends, over and over; none: no episode ever ends.
 # reward: of (step, tag), the step before the action and the seed of the environment. lives: after each step.
+# in_place: observations are written into the same array each time.
 THREE = [(3, "terminated")]
 STORIES = {
     "Count": {"ends": THREE},
@@ -31,6 +34,7 @@ STORIES = {
     "CountEndless": {"ends": []},
     "CountMinus": {"ends": [(3, "truncated")], "reward": lambda step, tag: -1},
     "CountScale": {"ends": [], "reward": lambda step, tag: 10**tag},
+    "InPlace": {"ends": [(3, "truncated")], "in_place": True},
     "Ids": {"ends": [], "reward": reward_of},
     "Points": {"ends": [(2, "terminated")], "reward": lambda step, tag: (4, 7)[step]},
     "Lives": {
@@ -111,6 +115,15 @@ class OddInfos(Count):
         return *results, self.odd()
 
 
+class Dies(Count):
+    """The first environment does, in its second step, as a process that is out of memory."""
+
+    def step(self, action):
+        if self.count == 1 and self.tag % 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(action)
+
+
 class Nan(Count):
     """From step 12 on, over all episodes, rewards or observations are not finite, and any action will do."""
 
@@ -164,60 +177,31 @@ class Branches(Stub):
         return obs, float(np.mean(action == [2, 0, 3])), True, False, {}
 
 
-class Observe(Stub):
-    """Random observations of the given space."""
-
-    def __init__(self, space, **kwargs):
-        super().__init__(**kwargs)
-        self.observation_space = space
+class ShortLong(Stub):
+    """Episodes of 1 or of 20 steps at random, reward 100 per step."""
 
     def reset(self, *, seed=None, options=None):
-        self.observation_space.seed(seed)
-        return super().reset(seed=seed)
-
-    def observe(self):
-        return self.observation_space.sample()
-
-
-class ShortLong(gym.Env):
-    """Episodes of 1 or of 20 steps at random, reward 100 per step; complains about actions out of bounds."""
-
-    observation_space = Box(-1, 1, (2,), np.float32)
-
-    def __init__(self, space, render_mode=None):
-        self.action_space = space
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
+        obs, infos = super().reset(seed=seed)
         self.left = self.np_random.choice([1, 20])
-        return np.zeros(2, np.float32), {}
+        return obs, infos
 
     def step(self, action):
-        assert self.action_space.contains(action), f"{action!r} is not in {self.action_space}"
+        obs, *_ = super().step(action)
         self.left -= 1
-        return np.ones(2, np.float32), 100.0, self.left == 0, False, {}
+        return obs, 100.0, self.left == 0, False, {}
 
 
-class Nudge(gym.Env):
+class Nudge(Stub):
     """Pays the action itself, so that returns show what was acted; 5 steps per episode."""
 
-    observation_space = Box(-10, 10, (1,), np.float32)
-
-    def __init__(self, space, render_mode=None):
-        self.action_space = space
-
     def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.t, x = 0, self.np_random.normal(size=1).astype(np.float32)
-        return x, {}
+        self.count = 0
+        return super().reset(seed=seed)
 
     def step(self, action):
-        self.t += 1
-        return np.full(1, self.t, np.float32), float(np.sum(action)), self.t == 5, False, {}
-
-
-class Pixels(ShortLong):
-    observation_space = Box(0, 255, (84, 84, 3), np.uint8)
+        obs, *_ = super().step(action)
+        self.count += 1
+        return obs, float(np.sum(action)), self.count == 5, False, {}
 
 
 class FakeAtari(gym.vector.VectorEnv):
@@ -226,13 +210,12 @@ class FakeAtari(gym.vector.VectorEnv):
     story None: black frames, a reward that depends on the action alone, no end, no inner state.
     """
 
-    story, in_place = None, False
+    story = None
 
     def __init__(self, game, num_envs, *, autoreset_mode=AutoresetMode.NEXT_STEP, **options):
         assert autoreset_mode == AutoresetMode.SAME_STEP, "the only mode that this stub plays"
-        assert (
-            not options["episodic_life"] and not options["life_loss_info"] and not options["reward_clipping"]
-        )
+        wrong = options["episodic_life"] or options["life_loss_info"] or options["reward_clipping"]
+        assert not wrong, "each of them hides something from the script"
         self.num_envs, self.autoreset_mode = num_envs, autoreset_mode
         self.metadata = {"autoreset_mode": autoreset_mode}
         self.limit = options["max_num_frames_per_episode"] // options["frameskip"]
@@ -266,18 +249,14 @@ class FakeAtari(gym.vector.VectorEnv):
         return self.observe(), rewards, *ends, infos
 
     def observe(self):
-        frames = self.frames if self.in_place else np.zeros_like(self.frames)
+        in_place = self.story and self.story.get("in_place")
+        frames = self.frames if in_place else np.zeros_like(self.frames)
         for i, game in enumerate(self.games):
             frames[i, :, 0, :3] = game.count, game.episode, game.tag % 256
         return frames
 
     def infos(self):
-        numbers = np.array([game.count for game in self.games] or [0] * self.num_envs, np.int32)
-        return {
-            "env_id": np.arange(self.num_envs),
-            "lives": self.lives.copy(),
-            "episode_frame_number": 4 * numbers,
-        }
+        return {"env_id": np.arange(self.num_envs), "lives": self.lives.copy()}
 
 
 def ids(obs):
@@ -288,34 +267,19 @@ def ids(obs):
     return np.stack([count % 1000, count // 1000, tag], -1).astype(int)
 
 
-SPACES = {
-    "Dict": gym.spaces.Dict(a=Box(-1, 1, (2,), np.float32), b=Box(-1, 1, (2, 2), np.float32)),
-    "DiscreteObs": Discrete(5),
-    "Matrix": Box(-1, 1, (2, 3), np.float32),
-    "Float64": Box(-1, 1, (3,), np.float64),
-    "Integer": Box(-9, 9, (3,), np.int64),
-    "Boolean": Box(0, 1, (3,), bool),
-    "MultiBinary": gym.spaces.MultiBinary(4),
-}
 STUBS = {"Stateless": (Stub, {})}
 STUBS |= {name: (Count, story) for name, story in STORIES.items()}
-STUBS["OddInfos"] = OddInfos, {"ends": THREE}
-STUBS["InPlace"] = Count, {"ends": [], "in_place": True}
+STUBS |= {"OddInfos": (OddInfos, {"ends": THREE}), "Dies": (Dies, {"ends": THREE})}
 STUBS |= {
     f"{name}{what.title()}": (Nan, {"what": what, "bad": bad})
     for what in ("reward", "observation")
     for name, bad in (("Nan", math.nan), ("Inf", math.inf))
 }
 STUBS |= {f"{kind.title()}Probe": (Probe, {"kind": kind}) for kind in ("constant", "obs", "delay", "action")}
-STUBS |= {name: (Observe, {"space": space}) for name, space in SPACES.items()}
-gym.register("Branches-v0", entry_point=Branches, kwargs={"space": gym.spaces.MultiDiscrete([3, 1, 4])})
-BYTES = Box(0, 255, (2,), np.uint8)
-gym.register("Bytes-v0", entry_point=Branches, kwargs={"space": BYTES})
-COUNTS = gym.spaces.MultiDiscrete([3, 2], start=[0, 1])
-gym.register("BranchesFrom1-v0", entry_point=Branches, kwargs={"space": COUNTS})
 for name, (stub, kwargs) in STUBS.items():
     for suffix, box in ("", False), ("Box", True):
         gym.register(f"{name}{suffix}-v0", entry_point=stub, kwargs=kwargs | {"box": box})
-for suffix, space in ("Discrete", Discrete(2)), ("Box", Box(-0.1, 0.1, (2,), np.float32)):
-    for stub in (ShortLong, Nudge, Pixels):
-        gym.register(f"{stub.__name__}{suffix}-v0", stub, kwargs={"space": space})
+gym.register("Branches-v0", entry_point=Branches, kwargs={"space": MultiDiscrete([3, 1, 4])})
+gym.register("ShortLong-v0", entry_point=ShortLong)
+gym.register("Nudge-v0", entry_point=Nudge, kwargs={"space": Discrete(2)})
+gym.register("NudgeBox-v0", entry_point=Nudge, kwargs={"space": Box(-0.1, 0.1, (2,), np.float32)})
