@@ -107,10 +107,8 @@ def test_b07_gae_equals_the_sum_in_the_paper_for_every_pattern_of_dones(dtype, t
     assert torch.allclose(returns.double(), expected + values.double(), rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_b07_gae_with_random_dones_of_any_dtype(seed):
+def test_b07_gae_with_random_dones_of_any_dtype():
     """Done flags may be bool, int or float and do not change the dtype of the result."""
-    torch.manual_seed(seed)
     rewards, values, next_value = random_rollout(40, 3, torch.float32)
     dones = torch.rand(40, 3) < 0.2
     expected = slow_gae(rewards, values, dones, next_value, 0.97, 0.9)

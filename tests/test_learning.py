@@ -70,11 +70,10 @@ def test_b43_halfcheetah_stops_falling_over_with_the_kl_penalty(continuous, trai
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["clip", "kl-penalty"])
-def test_b43_cartpole_is_solved_within_100k_steps(discrete, train, objective):
-    """With these flags seeds 1, 2 and 3 all end at 500, with either objective."""
+def test_b43_cartpole_is_solved_within_100k_steps(discrete, train):
+    """With these flags seeds 1, 2 and 3 all end at 500."""
     flags = {"num_envs": 8, "num_steps": 128, "num_minibatches": 4, "update_epochs": 10, "ent_coef": 0.0}
-    flags |= {"learning_rate": 2e-3, "gamma": 0.98, "clip_vloss": False, "objective": objective}
+    flags |= {"learning_rate": 2e-3, "gamma": 0.98, "clip_vloss": False}
     result = train(discrete, "CartPole-v1", total_timesteps=100_000, **flags)
     assert result["episodic_return"] > 400  # of the last 100 episodes of the training
     assert discrete.evaluate(result["run_dir"], 20).mean() >= 475

@@ -5,7 +5,6 @@ ppo_loss is the same in the three scripts, which test_siblings.py proves: one of
 
 import itertools
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -163,20 +162,14 @@ def test_stats_by_hand():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_loss_and_stats_have_the_dtype_of_the_inputs(dtype):
-    """float64 for tests by hand, float32 in training."""
-    loss, stats = ppo_loss(*random_minibatch(dtype=dtype), loss_args(norm_adv=True))
-    assert {loss.dtype, *(x.dtype for x in stats.values())} == {dtype}
-
-
-def test_stats_are_detached_scalars():
+def test_stats_are_detached_scalars_of_the_dtype_of_the_inputs(dtype):
     """Keeping them keeps no graph alive."""
-    *new, logprobs, advantages, returns, values = random_minibatch()
+    *new, logprobs, advantages, returns, values = random_minibatch(dtype)
     new = [x.requires_grad_() for x in new]
-    loss, stats = ppo_loss(*new, logprobs, advantages, returns, values, loss_args())
-    assert loss.requires_grad and loss.shape == ()
-    assert not any(x.requires_grad for x in stats.values())
-    assert {x.shape for x in stats.values()} == {()}
+    loss, stats = ppo_loss(*new, logprobs, advantages, returns, values, loss_args(norm_adv=True))
+    assert loss.requires_grad and loss.shape == () and loss.dtype == dtype
+    for name, x in stats.items():
+        assert not x.requires_grad and x.shape == () and x.dtype == dtype, name
 
 
 @pytest.mark.parametrize(
@@ -195,15 +188,6 @@ def test_b10_clipping_table(ratio, advantage, loss, gradient):
     got, stats, gradients = hand_loss(newlogprob=[math.log(ratio)], advantages=[advantage])
     assert got == stats["pg_loss"] == pytest.approx(loss, abs=1e-12)
     assert gradients["newlogprob"] == pytest.approx([gradient], abs=1e-12)
-
-
-def test_b10_clip_range_is_a_flag():
-    """The loss ends at 1 + clip_coef and at 1 - clip_coef."""
-    for clip_coef in (0.1, 0.3):
-        for ratio, advantage, loss in (1.5, 1.0, -1 - clip_coef), (0.5, -1.0, 1 - clip_coef):
-            inputs = {"newlogprob": [math.log(ratio)], "advantages": [advantage]}
-            got, stats, _ = hand_loss({"clip_coef": clip_coef}, **inputs)
-            assert got == stats["pg_loss"] == pytest.approx(loss, abs=1e-12)
 
 
 def test_b13_entropy_bonus_is_subtracted_from_the_loss():
@@ -249,15 +233,6 @@ def test_b15_value_clipping_table(old, new, target, loss, gradient):
     assert gradients["newvalue"] == pytest.approx([gradient], abs=1e-12)
 
 
-def test_b15_without_clipping_the_old_value_plays_no_part():
-    """The plain squared error, halved, whatever V was."""
-    for old in (0.0, 1.0, 50.0):
-        inputs = {"values": [old], "newvalue": [1.0], "returns": [3.0]}
-        loss, stats, gradients = hand_loss({"vf_coef": 1.0, "clip_vloss": False}, **inputs)
-        assert loss == stats["v_loss"] == pytest.approx(2.0)
-        assert gradients["newvalue"] == pytest.approx([-2.0])
-
-
 def test_b16_advantages_are_normalised_in_each_minibatch():
     """(A - mean) / (std + 1e-8) with Bessel's correction: neither the unit nor the origin of A matters."""
     std = math.sqrt(5 / 3)  # of 1, 2, 3, 4
@@ -291,20 +266,6 @@ def test_b16_loss_leaves_its_inputs_alone():
     before = [x.clone() for x in inputs]
     ppo_loss(*inputs, loss_args(norm_adv=True, clip_vloss=True, vf_coef=1.0, ent_coef=1.0))
     assert all(map(torch.equal, inputs, before))
-
-
-@pytest.mark.filterwarnings("ignore:std")
-def test_b17_a_minibatch_of_1_cannot_be_normalised(script):
-    """Its std is nan: train refuses it, with the flags to change, and writes nothing."""
-    one = [x[:1] for x in random_minibatch()]
-    assert ppo_loss(*one, loss_args(norm_adv=True))[0].isnan()
-    assert ppo_loss(*one, loss_args(norm_adv=False))[0].isfinite()
-    flags = {"num_envs": 2, "num_steps": 2, "num_minibatches": 4, "update_epochs": 1, "total_timesteps": 4}
-    with pytest.raises(ValueError, match=r"--num-minibatches 4 .*--no-norm-adv"):
-        script.train(script.Args(**flags, device="cpu"))
-    assert not list(Path().iterdir())
-    script.prepare(script.Args(**flags, norm_adv=False))
-    script.prepare(script.Args(**flags | {"num_minibatches": 2}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
