@@ -281,5 +281,4 @@ for name, (stub, kwargs) in STUBS.items():
         gym.register(f"{name}{suffix}-v0", entry_point=stub, kwargs=kwargs | {"box": box})
 gym.register("Branches-v0", entry_point=Branches, kwargs={"space": MultiDiscrete([3, 1, 4])})
 gym.register("ShortLong-v0", entry_point=ShortLong)
-gym.register("Nudge-v0", entry_point=Nudge, kwargs={"space": Discrete(2)})
 gym.register("NudgeBox-v0", entry_point=Nudge, kwargs={"space": Box(-0.1, 0.1, (2,), np.float32)})

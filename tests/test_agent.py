@@ -201,17 +201,6 @@ def test_agent_deterministic_is_the_most_probable_action(categorical_script):
     assert torch.equal(agent.get_action_and_value(obs, deterministic=True)[0], action)
 
 
-def test_agent_deterministic_is_the_mean(continuous):
-    """The density of the mean is the largest, -sum log sigma - A/2 log 2 pi."""
-    agent = randomize(make_agent(continuous))
-    obs = make_obs(continuous)
-    action, logprob, *_ = agent.get_action_and_value(obs, deterministic=True)
-    expected = -agent.actor_logstd.sum() - 2 * math.log(2 * math.pi)
-    assert torch.allclose(logprob, expected.expand(6), atol=1e-5)
-    assert torch.allclose(action, agent.actor_mean(obs), atol=1e-5)
-    assert torch.equal(agent.get_action_and_value(obs, deterministic=True)[0], action)
-
-
 def test_agent_samples_actions_as_often_as_they_are_probable(categorical_script):
     """Pearson's chi-square of 1000 draws, 3 degrees of freedom; each row of the batch draws for itself."""
     agent, p = make_agent(categorical_script), torch.tensor([0.05, 0.15, 0.3, 0.5])
@@ -223,16 +212,6 @@ def test_agent_samples_actions_as_often_as_they_are_probable(categorical_script)
     assert ((counts - expected) ** 2 / expected).sum() < 21  # exceeded by one seed in 10,000
     assert torch.allclose(logprob, p.log()[action], atol=1e-5)
     assert torch.allclose(entropy, -(p * p.log()).sum().expand(1000), atol=1e-5)
-
-
-def test_agent_logprobs_are_of_one_distribution(categorical_script):
-    """Probabilities of all actions sum to 1, and the entropy is theirs."""
-    agent, obs = make_agent(categorical_script), make_obs(categorical_script)
-    layers(policy_net(agent))[-1].weight.data *= 100
-    logprobs = all_logprobs(agent, obs)
-    *_, entropy, _ = agent.get_action_and_value(obs)
-    assert torch.allclose(logprobs.exp().sum(1), torch.ones(6), atol=1e-5)
-    assert torch.allclose(entropy, -(logprobs.exp() * logprobs).sum(1), atol=1e-5)
 
 
 def test_agent_samples_a_normal_around_the_mean(continuous):
@@ -267,21 +246,6 @@ def test_b13_entropy_is_summed_over_the_action(continuous):
     _, _, entropy, _ = agent.get_action_and_value(torch.randn(6, 5))
     expected = 1.5 * math.log(2 * math.pi * math.e) + logstd.sum()
     assert torch.allclose(entropy, expected.expand(6), atol=1e-5)
-
-
-def test_b13_a_step_on_the_bonus_raises_the_entropy(script):
-    """With nothing but the bonus in the loss."""
-    agent, obs = make_agent(script), make_obs(script)
-    set_policy(agent, [0.0, 1.0, 2.0, 3.0])
-    action, logprob, entropy, value = agent.get_action_and_value(obs)
-    zeros = torch.zeros(6)
-    inputs = logprob, entropy, value, logprob.detach(), zeros, zeros, zeros
-    only_entropy = script.Args(norm_adv=False, vf_coef=0.0, ent_coef=1.0)
-    script.ppo_loss(*inputs, only_entropy)[0].backward()
-    with torch.no_grad():
-        for x in agent.parameters():
-            x -= 0.01 * (0 if x.grad is None else x.grad)
-    assert agent.get_action_and_value(obs, action)[2].mean() > entropy.mean() + 1e-4
 
 
 def test_act_counts_the_observation_and_returns_what_the_buffers_keep(script):
@@ -397,15 +361,6 @@ def test_no_gradient_moves_what_a_branch_lacks(discrete):
 # --- standard deviation ---
 
 
-def test_init_log_std_is_the_log_of_the_standard_deviation(continuous):
-    """Of sampled actions, and in the entropy."""
-    agent = make_agent(continuous, init_log_std=-0.5)
-    set_policy(agent, [1.0, -1.0, 0.0, 0.0])
-    action, _logprob, entropy, _ = agent.get_action_and_value(torch.randn(20_000, 5))
-    assert action.std(0).tolist() == pytest.approx([math.exp(-0.5)] * 4, rel=0.03)
-    assert entropy[0].item() == pytest.approx(4 * (0.5 * math.log(2 * math.pi * math.e) - 0.5), rel=1e-5)
-
-
 @pytest.mark.parametrize("learn_std", [True, False])
 def test_learn_std_decides_whether_gradients_move_it(continuous, learn_std):
     """It is saved with the agent either way; -1 as somebody writes it in Python becomes a float."""
@@ -475,14 +430,6 @@ def test_normalize_takes_every_dtype(discrete, dtype, norm_obs):
     expected = [[0, 1, -1, 0, 1], [0, -1, 1, 0, -1]] if norm_obs else raw.tolist()
     assert obs.dtype == torch.float32
     torch.testing.assert_close(obs, torch.tensor(expected).float(), rtol=0, atol=1e-6)
-
-
-def test_normalize_leaves_frames_as_they_are(atari):
-    """The same numbers in uint8."""
-    agent, obs = make_agent(atari), make_obs(atari)
-    for update in (False, True):
-        assert agent.normalize(obs, update=update).dtype == torch.uint8
-        assert torch.equal(agent.normalize(obs, update=update), obs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -129,21 +129,6 @@ def calls(captured, agent):
 # --- one captured function ---
 
 
-def test_a_call_returns_what_the_function_would(calls, agent):
-    """The first call and later ones: the result, the gradients, and the random numbers after it."""
-    graph, arguments = calls
-    for number in range(4):
-        args, random_state = arguments(float(number + 1)), torch.get_rng_state()
-        agent.zero_grad()
-        expected = gradient(*args)["loss"].clone(), *(x.clone() for x in gradients_of(agent))
-        drawn = torch.rand(3)
-        torch.set_rng_state(random_state)
-        agent.zero_grad()
-        found = graph(*args)["loss"], *gradients_of(agent)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), number
-        assert torch.equal(torch.rand(3), drawn), number
-
-
 def test_b48_tensors_of_later_calls_are_copied_into_those_of_the_first(calls):
     """In dictionaries as well; the later ones are only read, and one that was changed in place counts."""
     graph, arguments = calls
@@ -155,15 +140,6 @@ def test_b48_tensors_of_later_calls_are_copied_into_those_of_the_first(calls):
         assert old.data_ptr() != new.data_ptr() and torch.equal(old, new) and torch.equal(new, copy)
     first[3].fill_(0.0)
     assert graph(*first)["loss"] == 0, "its own tensors are used as they are now"
-
-
-def test_stats_of_a_call_stay_what_they_were(calls):
-    """train keeps those of all minibatches, although a graph writes to the same memory each time."""
-    graph, arguments = calls
-    one = graph(*arguments())["loss"]
-    before = one.item()
-    two = graph(*arguments(5.0))["loss"]
-    assert one.item() == before != two.item()
 
 
 def test_b47_gradients_are_attached_again_after_zero_grad(calls, agent):

@@ -118,16 +118,6 @@ def test_b34_all_environments_share_the_reward_scale(mlp_script, make):
     assert rewards[-1] == pytest.approx([10 / np.std(sums), 100 / np.std(sums)], rel=1e-6)
 
 
-def test_b27_episodes_count_raw_rewards_where_scaled_ones_are_learnt_from(mlp_script, make):
-    """Rewards 4 and 7: the return is 11 with and without scaling, and only scaling changes the rewards."""
-    for norm_reward in (False, True):
-        envs = make(mlp_script, "Points", norm_reward=norm_reward)
-        envs.reset(seed=1)
-        (_, first, *_), (_, second, *_, infos) = steps(envs, 2)
-        assert ((first == 4).all() and (second == 7).all()) != norm_reward
-        assert infos["episode"]["r"].tolist() == [11.0, 11.0] == list(envs.return_queue)
-
-
 # --- actions ---
 
 
@@ -261,16 +251,6 @@ def test_with_sticky_actions_fire_is_pressed_twice(atari, sent, monkeypatch, env
     envs.reset(seed=1)
     steps(envs, 12, np.array([RIGHT]))
     assert [x[0] for x in sent] == [second, second, RIGHT, FIRE, second, RIGHT] * 2
-
-
-def test_no_ball_waits_for_a_sticky_agent_that_does_nothing(atari):
-    """Twelve games of Breakout without an action: in the first 100 steps every one of them loses a ball."""
-    envs = atari.make_envs(atari.Args(env_id="ALE/Breakout-v5", num_threads=1), 12)
-    _, infos = envs.reset(seed=1)
-    fewest = infos["lives"]
-    for _ in range(100):
-        fewest = np.minimum(fewest, envs.step(np.zeros(12, np.int64))[4]["lives"])
-    assert fewest.max() < 5
 
 
 def test_a_game_without_the_button_plays_on(lives, sent, monkeypatch):

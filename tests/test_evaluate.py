@@ -137,17 +137,6 @@ def test_seeds_of_evaluations_cannot_meet_those_of_a_training(script, train, cli
     assert resumed != seed and 0 <= resumed and resumed + num_envs <= 2**30
 
 
-def test_deterministic_actions_are_the_most_probable(discrete, run):
-    """Nudge pays the action: a policy that all but always picks 1 must score 5 in every episode."""
-    path = run(discrete, "stub_envs:Nudge-v0")
-    checkpoint = saved(path)
-    (bias,) = (x for key, x in checkpoint["agent"].items() if key.startswith("actor") and x.shape == (2,))
-    bias.copy_(torch.tensor([0.0, 0.8]))
-    torch.save(checkpoint, path)
-    assert np.all(discrete.evaluate(path, 20, deterministic=True) == 5)
-    assert not np.all(discrete.evaluate(path, 20) == 5)
-
-
 def test_the_time_limit_is_that_of_the_training_or_the_one_given(script, train):
     """CountEndless pays 1 per step and never ends by itself."""
     path = train(script, "CountEndless", max_episode_steps=3)["run_dir"]

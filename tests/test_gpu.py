@@ -103,14 +103,6 @@ def test_a_run_on_the_gpu_goes_on_on_the_cpu(script, train):
     assert all(x.device.type == "cpu" for x in script.load_agent(result["run_dir"]).parameters())
 
 
-def test_atari_takes_the_gpu_by_default_and_the_others_do_not(script, train, capsys):
-    """--device auto."""
-    agent = train(script, "CountMixed", device="auto")["agent"]
-    expected = GPU if script.__name__ == "ppo_atari" else "cpu"
-    assert next(agent.parameters()).device.type == expected
-    assert capsys.readouterr().out.splitlines()[0].endswith(f"on {expected}")
-
-
 # --- graphs against eager PyTorch ---
 
 
@@ -137,22 +129,6 @@ def test_a_captured_gradient_is_the_eager_one(atari, objective, precision, toler
         optimizer.step()
         if beta is not None:
             beta.mul_(2)
-
-
-def test_a_captured_policy_draws_as_the_eager_one(atari):
-    """New random numbers in every step, the same ones from the same seed; observations are not mixed up."""
-    agent, _ = agent_and_args(atari)
-    agent, frames = agent.to(GPU), [on_gpu(batch_of(atari, seed))["obs"] for seed in range(4)]
-    found = []
-    for act in (agent.act, atari.captured(agent.act, agent)):
-        torch.manual_seed(7)
-        with torch.no_grad():
-            steps = [[x.clone() for x in act(frames[number % 4].clone())] for number in range(8)]
-        found.append(steps)
-    for eager, replayed in zip(*found, strict=True):
-        assert torch.equal(eager[0], replayed[0]) and torch.equal(eager[1], replayed[1])
-        torch.testing.assert_close(eager[2:], replayed[2:], rtol=1e-4, atol=1e-4)
-    assert not torch.equal(found[1][0][1], found[1][4][1]), "the same frames, other random numbers"
 
 
 FLAGS = {

@@ -171,12 +171,6 @@ def test_a_diff_of_two_scripts_is_short(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_line_has_more_than_110_columns(name):
-    """As in pyproject.toml, comments and strings too."""
-    assert not [line for line in text(name).splitlines() if len(line) > 110]
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_ppo_comes_before_what_runs_it(name):
     """Arguments, network, equations and train, then the environments, then all that changes no algorithm."""
     order = ["Args", "Agent", "compute_gae", "ppo_loss", "train", "make_envs", "save_checkpoint", "main"]

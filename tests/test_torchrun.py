@@ -11,7 +11,6 @@ import ale_py
 import pytest
 import torch
 from conftest import copied, default_signals, resume, same, saved, scalars, state
-from torch import distributed
 from torchrun_worker import LIMITS, Game
 
 WORKER = Path(__file__).with_name("torchrun_worker.py")
@@ -172,18 +171,6 @@ def test_ctrl_c_ends_the_iteration_of_all_processes_and_saves(ended):
 
 
 # --- one process ---
-
-
-def test_without_torchrun_there_are_no_other_processes(atari, train, monkeypatch):
-    """torch.distributed is left alone."""
-
-    def touched(*args, **kwargs):
-        raise AssertionError("torch.distributed was used")
-
-    for name in ("init_process_group", "broadcast", "all_reduce"):
-        monkeypatch.setattr(distributed, name, touched)
-    assert (atari.WORLD_SIZE, atari.RANK) == (1, 0)
-    assert train(atari, "Count")["global_step"] == 16
 
 
 def test_environments_and_minibatches_are_shared_by_processes(atari, refused, monkeypatch):
