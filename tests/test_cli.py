@@ -51,15 +51,17 @@ def test_every_number_has_a_range(script, no_training):
         ("--num-steps 16 --num-envs 2 --num-minibatches 2 --total-timesteps 31", "31: use at least 32"),
         ("--device cuda", "use cpu"),
         ("--track", "--track: pip install wandb"),
-        ("--capture-video", "--capture-video: pip install moviepy"),
     ],
 )
 def test_bad_input_is_refused(discrete, refused, monkeypatch, flags, words):
-    """None in sys.modules: as if the package were not installed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for package in ("wandb", "moviepy"):
-        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     refused(discrete, flags.split(), words)
+
+
+def test_a_video_without_moviepy_is_refused_before_the_training(script, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "moviepy", None)
+    refused(script, tiny(script.__name__, "--capture-video"), "--capture-video: pip install moviepy")
 
 
 @pytest.mark.parametrize(

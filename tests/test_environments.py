@@ -1,7 +1,7 @@
 """What people bring as an environment: what goes in, and what comes out of it.
 
 Each row of the tables below is one kind of environment. It trains and is evaluated, or one line names the
-flag and says what to do. Observations are treated alike in the two scripts for vectors.
+flag and says what to do.
 """
 
 import importlib
@@ -91,17 +91,17 @@ ACTIONS = {
 
 
 @pytest.mark.parametrize("what", OBSERVATIONS)
-def test_observations_become_float_vectors(discrete, train, watch, monkeypatch, what):
+def test_observations_become_float_vectors(mlp_script, train, watch, monkeypatch, what):
     """Numbers, matrices and dictionaries are flattened; the networks get float32 whatever the dtype is."""
-    seen, space = watch(discrete), OBSERVATIONS[what]
-    result = train(discrete, make("ppo_discrete", monkeypatch, observation_space=space))
+    seen, space = watch(mlp_script), OBSERVATIONS[what]
+    result = train(mlp_script, make(mlp_script.__name__, monkeypatch, observation_space=space))
     rows = []
     for seed in (1, 2):
         space.seed(seed)
         rows.append(np.ravel(gym.spaces.flatten(space, space.sample())))
     assert seen.acted[0].dtype == torch.float32
     torch.testing.assert_close(seen.acted[0], torch.as_tensor(np.stack(rows)).float())
-    assert discrete.evaluate(result["run_dir"], 2).tolist() == [5.0, 5.0]
+    assert mlp_script.evaluate(result["run_dir"], 2).tolist() == [5.0, 5.0]
 
 
 TRAINS = [("ppo_discrete", changes, what) for what, changes in RETURNS.items()]
@@ -131,10 +131,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_observations_that_are_no_numbers_are_refused(discrete, refused, monkeypatch, what):
+def test_observations_that_are_no_numbers_are_refused(mlp_script, refused, monkeypatch, what):
     space, words = REFUSED[what]
-    env_id = make("ppo_discrete", monkeypatch, observation_space=space)
-    refused(discrete, ["--env-id", env_id], f"--env-id {env_id}", words)
+    env_id = make(mlp_script.__name__, monkeypatch, observation_space=space)
+    refused(mlp_script, ["--env-id", env_id], f"--env-id {env_id}", words)
 
 
 @pytest.mark.parametrize(

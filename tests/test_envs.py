@@ -315,22 +315,3 @@ def test_a_game_is_truncated_after_108_000_frames_or_as_the_flag_says(atari, mon
     assert [x["max_num_frames_per_episode"] for x in options] == [108_000, 108_000, 20]
     envs.reset(seed=1)
     assert [x[3].tolist() for x in steps(envs, 6)] == [[False]] * 4 + [[True], [False]]
-
-
-def test_games_have_the_ids_of_gymnasium(atari, monkeypatch):
-    """Of its registry every fifth ALE/<Game>-v5 and all <Game>NoFrameskip-v4: the right ROM, which exists."""
-    roms = []
-
-    def emulator(rom, *args, **options):
-        roms.append(rom)
-        return stub_envs.FakeAtari(rom, *args, **options)
-
-    monkeypatch.setattr(ale_py, "AtariVectorEnv", emulator)
-    gym.register_envs(ale_py)
-    games = sorted(x for x in gym.registry if x.startswith("ALE/") and x.endswith("-v5"))
-    older = sorted(x for x in gym.registry if x.endswith("NoFrameskip-v4"))
-    assert len(games) > 100 and len(older) > 50
-    for env_id in {*games[::5], *older, "ALE/TicTacToe3D-v5"}:
-        assert atari.make_envs(atari.Args(env_id=env_id), 1).num_envs == 1
-        name = env_id.removeprefix("ALE/").removesuffix("-v5").removesuffix("NoFrameskip-v4")
-        assert roms[-1].replace("_", "") == name.lower() and ale_py.roms.get_rom_path(roms[-1]).is_file()

@@ -237,7 +237,7 @@ def test_beta_doubles_and_halves_between_updates_and_is_constant_inside_one(
 ):
     """Above 1.5 and below 1 / 1.5 times the target. The whole batch shows the KL of a log-ratio of 0.2."""
     seen, adapt, kl = watch(script), script.adapt_kl_coef, math.expm1(0.2) - 0.2
-    coming = iter([1.51, 3.0, 1.49, 1.0, 0.68, 0.66, 0.1, 1.6])  # times the target
+    coming = iter([3.0, 1.51, 1.49, 0.68, 0.66, 1.0])  # times the target
 
     def scripted(kl_coef, agent, batch, target):
         assert target == PENALTY["kl_penalty_target"]
@@ -246,10 +246,10 @@ def test_beta_doubles_and_halves_between_updates_and_is_constant_inside_one(
         return adapt(kl_coef, agent, batch | {"logprobs": now - 0.2}, kl / next(coming))
 
     monkeypatch.setattr(script, "adapt_kl_coef", scripted)
-    logged = scalars(train(script, "Ids", 8, **PENALTY))
-    betas = [0.5, 1.0, 2.0, 2.0, 2.0, 2.0, 1.0, 0.5]
+    logged = scalars(train(script, "Ids", 6, **PENALTY))
+    betas = [0.5, 1.0, 2.0, 2.0, 2.0, 1.0]
     assert logged["charts/kl_coef"] == betas
-    assert logged["charts/kl"] == pytest.approx([kl] * 8, rel=1e-3)
+    assert logged["charts/kl"] == pytest.approx([kl] * 6, rel=1e-3)
     assert [float(call.kl_coef) for call in seen.loss] == list(np.repeat(betas, 4))  # of all minibatches
 
 
