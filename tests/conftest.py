@@ -173,7 +173,7 @@ def watch(monkeypatch):
         def on_step(optimizer, args, kwargs):
             group = optimizer.param_groups[0]
             grads = [p.grad.clone() for p in group["params"] if p.grad is not None]
-            seen.steps.append(SimpleNamespace(lr=float(group["lr"]), eps=group["eps"], grads=grads))
+            seen.steps.append(SimpleNamespace(lr=float(group["lr"]), grads=grads))
 
         def after_step(optimizer, args, kwargs):
             seen.steps[-1].params = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]

@@ -90,6 +90,14 @@ def test_an_environment_that_is_unknown_or_not_for_this_script(refused, monkeypa
     refused(importlib.import_module(name), ["--env-id", *flags.split()], words)
 
 
+def test_games_and_minibatches_are_shared_by_the_processes_of_torchrun(atari, refused, monkeypatch):
+    """32 steps of 4 games are 64 rows for each of two processes: too few for 64 minibatches of two."""
+    monkeypatch.setattr(atari, "WORLD_SIZE", 2)
+    refused(atari, ["--num-envs", "3"], "--num-envs 3: use a multiple of 2")
+    sizes = ["--num-envs", "4", "--num-steps", "32", "--num-minibatches", "64", "--device", "cpu"]
+    refused(atari, sizes, "--num-envs 4 / 2 processes = 64 in --num-minibatches 64")
+
+
 def test_not_a_number_exits_with_1(discrete, cli):
     """In one line; what was saved before is kept."""
     flags = ["--env-id", "stub_envs:NanReward-v0", "--num-steps", "8", "--save-every", "1"]
@@ -212,9 +220,13 @@ def caught():
 
 @pytest.mark.parametrize("name, signum", [("ppo_continuous", signal.SIGINT), ("ppo_atari", signal.SIGTERM)])
 def test_a_signal_ends_the_iteration_and_saves(name, signum, cli, monkeypatch):
+    """Workers leave it to main. They are started as from Python 3.14 on; forked ones inherit its handlers."""
     flags = tiny(name, "--total-timesteps", "100000000", "--save-every", "1000000", "--run-dir", "run")
     flags += [] if name == "ppo_atari" else ["--vectorization", "async"]
-    program = [sys.executable, "-u", SCRIPTS / f"{name}.py", *flags]
+    path = str(SCRIPTS / f"{name}.py")
+    code = "import multiprocessing, runpy, sys; multiprocessing.set_start_method('forkserver'); "
+    code += f"sys.argv[0] = {path!r}; runpy.run_path({path!r}, run_name='__main__')"
+    program = [sys.executable, "-u", "-c", code, *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(program, **pipes, start_new_session=True, preexec_fn=default_signals)
     limit = threading.Timer(120, os.killpg, [process.pid, signal.SIGKILL])  # it would run for hours

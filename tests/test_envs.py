@@ -36,29 +36,7 @@ def steps(envs, number, action=None):
     return [envs.step(action) for _ in range(number)]
 
 
-# --- ends of episodes ---
-
-
-def test_b01_a_new_episode_begins_in_the_step_that_ends_one(script, make):
-    """obs is the first of the next episode, final_obs the last of this one; no reward is 0 [ours 2]."""
-    envs = make(script, "Count")
-    envs.reset(seed=1)
-    results = steps(envs, 6)
-    seen = [ids(torch.as_tensor(obs))[:, :2].tolist() for obs, *_ in results]
-    assert [x[0] for x in seen] == [[1, 0], [2, 0], [0, 1], [1, 1], [2, 1], [0, 2]]
-    assert [x[2].tolist() for x in results] == [[False] * 2, [False] * 2, [True] * 2] * 2
-    assert not any(x[3].any() for x in results) and all((x[1] == 1).all() for x in results)
-    for end in results[2], results[5]:
-        assert ids(torch.as_tensor(np.stack(end[4]["final_obs"])))[:, 0].tolist() == [3, 3]
-
-
-def test_b28_episodes_are_recorded_whole_and_raw(script, make):
-    """By their sums of rewards and their lengths, truncated ones too, each from its own start."""
-    flags = {} if script.__name__ == "ppo_atari" else {"norm_reward": True}
-    envs = make(script, "CountMixed", 1, **flags)
-    envs.reset(seed=1)
-    steps(envs, 10)
-    assert list(envs.return_queue) == list(envs.length_queue) == [2.0, 3.0, 2.0, 3.0]
+# --- infos ---
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])

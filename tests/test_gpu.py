@@ -2,7 +2,6 @@
 
 import copy
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -29,45 +28,24 @@ def full_precision(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-def agent_and_args(script, **flags):
-    """An Agent on the CPU, whose heads have left their tiny initial weights, and its arguments."""
-    torch.manual_seed(1)
-    args = script.Args(**flags)
-    agent = script.Agent(*SPACES[script.__name__], args)
-    with torch.no_grad():
-        for x in agent.parameters():
-            x.add_(0.01 * torch.randn_like(x))
-    return agent, args
-
-
-def batch_of(script, seed=0):
+def batch_of(script):
     """2 M rows as train makes them, on the CPU."""
-    numbers = torch.Generator().manual_seed(seed)
+    torch.manual_seed(0)
     space, actions = SPACES[script.__name__]
     if script.__name__ == "ppo_atari":
-        obs = torch.randint(0, 256, (2 * M, *space.shape), generator=numbers, dtype=torch.uint8)
+        obs = torch.randint(0, 256, (2 * M, *space.shape), dtype=torch.uint8)
     else:
-        obs = torch.randn(2 * M, *space.shape, generator=numbers)
-    if isinstance(actions, gym.spaces.Box):
-        taken, logprobs = torch.randn(2 * M, *actions.shape, generator=numbers), torch.full((2 * M,), -3.0)
+        obs = torch.randn(2 * M, *space.shape)
+    if isinstance(actions, Box):
+        taken, logprobs = torch.randn(2 * M, *actions.shape), torch.full((2 * M,), -3.0)
     else:
-        taken, logprobs = torch.randint(0, 3, (2 * M,), generator=numbers), torch.full((2 * M,), -1.1)
-    drawn = {x: torch.randn(2 * M, generator=numbers) for x in ("advantages", "returns", "values")}
+        taken, logprobs = torch.randint(0, 3, (2 * M,)), torch.full((2 * M,), -1.1)
+    drawn = {x: torch.randn(2 * M) for x in ("advantages", "returns", "values")}
     return {"obs": obs, "actions": taken, "logprobs": logprobs} | drawn
-
-
-def on_gpu(batch):
-    return {name: x.to(GPU) for name, x in batch.items()}
 
 
 def gradients(agent):
     return torch.cat([x.grad.flatten() for x in agent.parameters()]).double().cpu()
-
-
-def assert_close(found, expected, tolerance):
-    """Of gradients: the difference is small against the whole."""
-    assert expected.norm() > 0 and found.isfinite().all()
-    assert (found - expected).norm() < tolerance * expected.norm()
 
 
 # --- CUDA against the CPU ---
@@ -75,14 +53,18 @@ def assert_close(found, expected, tolerance):
 
 @pytest.mark.parametrize("objective", ["clip", "kl-penalty"])
 def test_gradients_are_those_of_the_cpu(script, objective):
-    """Of one minibatch, with the same weights; the stats as well."""
-    agent, args = agent_and_args(script, objective=objective)
-    batch, rows = batch_of(script), torch.arange(M) * 2
+    """Of one minibatch, with the same weights, whose heads are no longer tiny; the stats as well."""
+    batch, rows, args = batch_of(script), torch.arange(M) * 2, script.Args(objective=objective)
+    agent = script.Agent(*SPACES[script.__name__], args)
+    for x in agent.parameters():
+        x.data.add_(0.01 * torch.randn_like(x))
     other, beta = copy.deepcopy(agent).to(GPU), torch.tensor(0.7) if objective == "kl-penalty" else None
     expected = script.compute_gradients(agent, batch, rows, args, beta)
+    batch = {name: x.to(GPU) for name, x in batch.items()}
     beta = beta if beta is None else beta.to(GPU)
-    found = script.compute_gradients(other, on_gpu(batch), rows.to(GPU), args, beta)
-    assert_close(gradients(other), gradients(agent), 1e-3)
+    found = script.compute_gradients(other, batch, rows.to(GPU), args, beta)
+    difference = gradients(other) - gradients(agent)
+    assert difference.norm() < 1e-3 * gradients(agent).norm()
     for name, x in expected.items():
         assert found[name].device.type == GPU
         assert found[name].item() == pytest.approx(x.item(), rel=1e-3, abs=1e-4), name
@@ -104,31 +86,6 @@ def test_a_run_on_the_gpu_goes_on_on_the_cpu(script, train):
 
 
 # --- graphs against eager PyTorch ---
-
-
-@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 2e-2)])
-@pytest.mark.parametrize("objective", ["clip", "kl-penalty"])
-def test_a_captured_gradient_is_the_eager_one(atari, objective, precision, tolerance):
-    """Over new batches, rows, betas and weights."""
-    agent, args = agent_and_args(atari, objective=objective, precision=precision, clip_coef=0.5)
-    agent, beta = agent.to(GPU), torch.tensor(0.5, device=GPU) if objective == "kl-penalty" else None
-    optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3, fused=True)
-    graph = atari.captured(atari.compute_gradients, agent)
-    for number in range(4):
-        batch = on_gpu(batch_of(atari, number))
-        rows = torch.randperm(2 * M, device=GPU)[:M]
-        agent.zero_grad()
-        eager = atari.compute_gradients(agent, batch, rows, args, beta)
-        stats = {name: x.item() for name, x in eager.items()}
-        expected = gradients(agent)
-        agent.zero_grad()
-        found = graph(agent, batch, rows, args, beta)
-        assert_close(gradients(agent), expected, tolerance)
-        for name, x in stats.items():
-            assert found[name].item() == pytest.approx(x, rel=10 * tolerance, abs=tolerance), (number, name)
-        optimizer.step()
-        if beta is not None:
-            beta.mul_(2)
 
 
 FLAGS = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import stub_envs
 import torch
-from conftest import REAL, normalised, resume, same, scalars, state, statistics
+from conftest import REAL, normalised, same, scalars, state, statistics
 from stub_envs import ids
 
 
@@ -211,11 +211,6 @@ def test_b40_actions_belong_to_the_space(mlp_script, train):
     assert mlp_script.evaluate(result["run_dir"], 3).tolist() == [3.0] * 3
 
 
-def test_b40_games_receive_valid_actions(atari, train):
-    result = train(atari, "Lives", 2)  # with lost lives, after which FIRE is pressed
-    assert atari.evaluate(result["run_dir"], 3).tolist() == [11.0] * 3
-
-
 def test_async_processes_give_the_same_run(continuous, train):
     flags = dict(iterations=2, max_episode_steps=6, **normalised(continuous))
     a, b = (train(continuous, "Pendulum-v1", vectorization=kind, **flags) for kind in ("sync", "async"))
@@ -240,32 +235,6 @@ def test_b29_b34_statistics_count_every_row_of_all_environments_once(mlp_script,
     np.testing.assert_allclose(saved["var"], rows.var(0), rtol=1e-9)
 
 
-def test_b29_statistics_count_every_row_once_over_a_resume(mlp_script, train):
-    half = train(mlp_script, "CountTruncated", 2, **normalised(mlp_script))
-    assert statistics(resume(mlp_script, half, total_timesteps=64)["agent"])["count"] == 4 * 8 * 2
-
-
-def test_b29_each_observation_is_counted_before_it_is_acted_on(mlp_script, train, monkeypatch):
-    """So that the first one, whatever its scale, is normalised by statistics that know it."""
-    counted, normalize = [], mlp_script.Agent.normalize
-
-    def spied(self, raw_obs, update=False):
-        output = normalize(self, raw_obs, update)
-        if update:
-            counted.append((raw_obs.double().clone(), statistics(self), output.clone()))
-        return output
-
-    monkeypatch.setattr(mlp_script.Agent, "normalize", spied)
-    train(mlp_script, "CountEndless", 2, **normalised(mlp_script))
-    assert len(counted) == 2 * 8
-    raw = torch.cat([x for x, _, _ in counted])
-    for t, (_, now, output) in enumerate(counted, 1):
-        rows = raw[: 2 * t]
-        expected = (rows[-2:] - rows.mean(0)) / (rows.var(0, correction=0) + 1e-8).sqrt()
-        assert now["count"] == 2 * t
-        torch.testing.assert_close(output, expected.clamp(-10, 10).float(), rtol=1e-5, atol=1e-5)
-
-
 def test_b30_final_observations_are_normalised_like_all_others(mlp_script, train, monkeypatch):
     seen, value = [], mlp_script.Agent.get_value
 
@@ -281,31 +250,7 @@ def test_b30_final_observations_are_normalised_like_all_others(mlp_script, train
     torch.testing.assert_close(final, expected.float())
 
 
-def test_no_norm_flags_change_nothing(mlp_script, train, watch):
-    seen = watch(mlp_script)
-    agent = train(mlp_script, "Points", norm_obs=False, norm_reward=False)["agent"]
-    assert seen.gae[0].rewards[:, 0].tolist() == [4, 7] * 4
-    raw = torch.tensor([[3e5, -7e5]])
-    assert torch.equal(agent.normalize(raw, update=True), raw)
-    agent = train(mlp_script, "Points", norm_obs=True)["agent"]
-    assert agent.normalize(raw).abs().max() == 10
-
-
 # --- rewards and returns ---
-
-
-def test_b26_lost_lives_end_returns_but_not_the_game(atari, train, watch):
-    seen = watch(atari)
-    result = train(atari, "Lives", num_steps=6)
-    gae = seen.gae[0]
-    assert gae.dones[:, 0].tolist() == [0, 1, 0, 1, 0, 1]
-    assert gae.rewards[:, 0].tolist() == [1, 0, 1, 0, 1, 0]  # a lost life is a termination: no bootstrap
-    rows = ids(torch.cat(seen.updated[:2]))
-    assert set(rows[:, 1]) == {0}  # one game, never reset in between
-    assert set(rows[:, 0]) == set(range(6))
-    logged = scalars(result)
-    assert logged["charts/episodic_return"] == [11.0]
-    assert logged["charts/episodic_length"] == [6.0]
 
 
 def test_b27_learns_from_signs_or_scaled_rewards_and_logs_raw_ones(script, train, watch):

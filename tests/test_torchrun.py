@@ -13,6 +13,7 @@ import torch
 from conftest import copied, default_signals, resume, same, saved, scalars, state
 from torchrun_worker import LIMITS, Game
 
+pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("torchrun_worker.py")
 SIZES = ["--num-envs", "4", "--num-steps", "16", "--num-minibatches", "2", "--update-epochs", "1"]
 SIZES += ["--seed", "1", "--eval-episodes", "1", "--learning-rate", "1e-3", "--device", "cpu"]
@@ -61,7 +62,6 @@ def ended(tmp_path_factory):
     return folder, out, err, [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.slow
 def test_all_processes_have_the_same_parameters(ended):
     """After a training, and after two processes went on with it."""
     *_, (first, second) = ended
@@ -70,7 +70,6 @@ def test_all_processes_have_the_same_parameters(ended):
     assert not same(first["agent"], first["resumed"])
 
 
-@pytest.mark.slow
 def test_b46_each_process_has_its_own_environments_and_random_numbers(ended):
     """Environments are numbered on through the processes; the last iteration drew what no other one did."""
     *_, (first, second) = ended
@@ -78,7 +77,6 @@ def test_b46_each_process_has_its_own_environments_and_random_numbers(ended):
     assert first["drawn"] != second["drawn"]
 
 
-@pytest.mark.slow
 def test_beta_is_that_of_the_first_process(ended):
     """In all minibatches, although the second one came to another."""
     *_, (first, second) = ended
@@ -86,7 +84,6 @@ def test_beta_is_that_of_the_first_process(ended):
     assert len(first["betas"]) == 8 and len(set(first["betas"])) == 4 and 77 not in first["betas"]
 
 
-@pytest.mark.slow
 def test_returns_are_those_of_the_episodes_of_the_first_process(ended):
     """An episode pays three times the seed of its environment, which is 1 or 2 there, 3 or 4 in the other."""
     folder, _, _, (first, second) = ended
@@ -95,7 +92,6 @@ def test_returns_are_those_of_the_episodes_of_the_first_process(ended):
     assert scalars({"run_dir": run_dir})["charts/episodic_return"][:4] == [3 * 1.5] * 4
 
 
-@pytest.mark.slow
 def test_one_process_writes_and_speaks(ended):
     """One directory with one file of events and one checkpoint; one start line, bar, evaluation, summary."""
     _, out, err, (found, _) = ended
@@ -109,7 +105,6 @@ def test_one_process_writes_and_speaks(ended):
     assert 'ppo_atari.py", line' not in err  # torchrun writes a traceback of its own for every failure
 
 
-@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_resumes_on_one(ended, atari, monkeypatch):
     """With all four environments; its weights are those that both had."""
     folder, *_, (first, _) = ended
@@ -121,7 +116,6 @@ def test_a_checkpoint_of_two_processes_resumes_on_one(ended, atari, monkeypatch)
     assert saved(path)["global_step"] == 384 and not same(state(result["agent"]), first["resumed"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("limit", LIMITS)
 def test_b44_b45_the_gradient_is_that_of_the_joined_minibatch(ended, limit):
     """Of two halves, one of which has much larger gradients: averaged first, clipped then. Stats likewise."""
@@ -135,7 +129,6 @@ def test_b44_b45_the_gradient_is_that_of_the_joined_minibatch(ended, limit):
             assert mine == pytest.approx(whole, rel=1e-3, abs=1e-5), name
 
 
-@pytest.mark.slow
 def test_target_kl_ends_the_update_of_all_processes_at_once(ended):
     """The mean KL goes beyond it in the third minibatch, that of the first process already in the second."""
     *_, (first, second) = ended
@@ -145,7 +138,6 @@ def test_target_kl_ends_the_update_of_all_processes_at_once(ended):
 # --- two processes that come to another end ---
 
 
-@pytest.mark.slow
 def test_a_killed_process_ends_the_other_one(tmp_path, atari, monkeypatch):
     """Not for ever; the newest checkpoint is whole, and a run goes on from it."""
     endless = ["--total-timesteps", "1000000", "--save-every", "1", "--run-dir", "run"]
@@ -160,7 +152,6 @@ def test_a_killed_process_ends_the_other_one(tmp_path, atari, monkeypatch):
     assert result["global_step"] == saved("run/checkpoint.pt")["global_step"] == steps + 64 >= 128
 
 
-@pytest.mark.slow
 def test_ctrl_c_ends_the_iteration_of_all_processes_and_saves(ended):
     """One of them answers; the command that it prints names the run."""
     folder, out, err, _ = ended
@@ -168,14 +159,3 @@ def test_ctrl_c_ends_the_iteration_of_all_processes_and_saves(ended):
     assert out.count("stopped by signal") == 1 and "stopped by signal 2" in out, err
     assert f"--resume runs/{run_dir.name}\n" in out
     assert saved(run_dir / "checkpoint.pt")["global_step"] % 64 == 0
-
-
-# --- one process ---
-
-
-def test_environments_and_minibatches_are_shared_by_processes(atari, refused, monkeypatch):
-    """32 steps of 4 environments are 64 rows for each of two processes: too few for 64 minibatches of two."""
-    monkeypatch.setattr(atari, "WORLD_SIZE", 2)
-    refused(atari, ["--num-envs", "3"], "--num-envs 3: use a multiple of 2")
-    sizes = ["--num-envs", "4", "--num-steps", "32", "--num-minibatches", "64", "--device", "cpu"]
-    refused(atari, sizes, "--num-envs 4 / 2 processes = 64 in --num-minibatches 64")
