@@ -141,7 +141,7 @@ def watch(monkeypatch):
     hooks = []
 
     def copy(x):
-        return x.detach().clone() if isinstance(x, torch.Tensor) else x
+        return x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
 
     def start(script):
         seen = SimpleNamespace(gae=[], loss=[], acted=[], updated=[], steps=[])
@@ -164,8 +164,7 @@ def watch(monkeypatch):
             (seen.acted if arguments["action"] is None else seen.updated).append(arguments["obs"])
 
         def on_loss(arguments, output):
-            grads = {key: x.requires_grad for key, x in arguments.items() if isinstance(x, torch.Tensor)}
-            seen.loss.append(SimpleNamespace(**arguments, grads=grads, stats=dict(output[1])))
+            seen.loss.append(SimpleNamespace(**arguments, stats=dict(output[1])))
 
         def on_gae(arguments, output):
             seen.gae.append(SimpleNamespace(**arguments, advantages=copy(output[0]), returns=copy(output[1])))

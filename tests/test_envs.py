@@ -1,4 +1,4 @@
-"""What make_envs returns: ends of episodes, rewards as the agent learns from them, spaces, lives, games."""
+"""What make_envs returns: infos, rewards as the agent learns from them, actions as they are sent, games."""
 
 import itertools
 import math
