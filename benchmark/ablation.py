@@ -1,7 +1,8 @@
-"""What each detail is worth, from results.csv and random_play.csv: ablation.csv
+"""What each detail is worth, from results.csv and the returns of random play: ablation.csv
 
     pip install -r benchmark/requirements.txt
     python benchmark/ablation.py
+    python benchmark/ablation.py --random-play    # first 100 random episodes of each task: random_play.csv
 
 The score of a run is 0 for the mean return of random actions and 1 for the mean of the script as it is, on
 the same task. A row has the mean score of a variant over the seeds and tasks of its group, and a 95 %
@@ -11,32 +12,50 @@ from 1 another sample of it would lie, with as many seeds as a variant has. A ro
 that allows for all variants of its group (Bonferroni) leaves 1 out.
 """
 
-import math
+import importlib
+import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import tyro
 from recipes import read_recipes
 from scipy import stats
 
 HERE = Path(__file__).resolve().parent
-COLUMNS = ["group", "variant", "env_id", "seed", "return", "score"]
 
 
-def scores_of_runs(results, random_play, recipes):
-    """A row per run of an ablation, with COLUMNS, in the order of recipes."""
-    rows = []
-    for name, entry in recipes.items():
-        if entry["group"].startswith("ablation"):
-            variant = name.split("-", 2)[2]  # ablation-<task>-<variant>
-            for run in results[results["recipe"] == name].itertuples():
-                rows.append(
-                    [entry["group"], variant, entry["env_id"], run.seed, run.episodic_return, math.nan]
-                )
-    rows = pd.DataFrame(rows, columns=COLUMNS)
-    zero = rows["env_id"].map(random_play.set_index("env_id")["return"])
-    as_it_is = rows[rows["variant"] == "as-it-is"].groupby("env_id")["return"].mean()
-    rows["score"] = (rows["return"] - zero) / (rows["env_id"].map(as_it_is) - zero)
+def ablations():
+    """A row per recipe of an ablation, in the order of recipes.toml."""
+    entries = [
+        {"recipe": name} | x for name, x in read_recipes().items() if x["group"].startswith("ablation")
+    ]
+    frame = pd.DataFrame(entries)[["recipe", "group", "script", "env_id"]]
+    return frame.assign(variant=frame["recipe"].str.split("-", n=2).str[2])  # ablation-<task>-<variant>
+
+
+def play(script, env_id, episodes=100):
+    """Raw returns of random actions, through make_envs of the script that trains the task."""
+    module = importlib.import_module(script)
+    returns = []
+    with closing(module.make_envs(module.Args(env_id=env_id), 1)) as envs:
+        envs.reset(seed=1)
+        envs.action_space.seed(1)
+        while len(returns) < episodes:
+            *_, infos = envs.step(envs.action_space.sample())
+            if "episode" in infos:
+                returns.append(float(infos["episode"]["r"][0]))
+    mean, std = np.mean(returns).round(2), np.std(returns, ddof=1).round(2)
+    return {"env_id": env_id, "episodes": episodes, "return": mean, "std": std}
+
+
+def scores_of_runs():
+    """A row per run of an ablation."""
+    rows = ablations().merge(pd.read_csv(HERE / "results.csv")[["recipe", "seed", "episodic_return"]])
+    zero = rows["env_id"].map(pd.read_csv(HERE / "random_play.csv").set_index("env_id")["return"])
+    as_it_is = rows[rows["variant"] == "as-it-is"].groupby("env_id")["episodic_return"].mean()
+    rows["score"] = (rows["episodic_return"] - zero) / (rows["env_id"].map(as_it_is) - zero)
     return rows.dropna(subset="score")  # nothing to compare with yet
 
 
@@ -57,33 +76,38 @@ def summarise(rows):
     """A row per group and variant that was run on all tasks of the group, with two seeds or more on each."""
     summary = []
     for group, of_group in rows.groupby("group", sort=False):
-        by_run = {
-            key: x["score"].to_numpy() for key, x in of_group.groupby(["variant", "env_id"], sort=False)
-        }
-        tasks, ones = of_group["env_id"].unique(), []
-        seeds = {
-            variant: [len(by_run.get((variant, task), ())) for task in tasks]
-            for variant in of_group["variant"].unique()
-        }
-        seeds = {variant: counts for variant, counts in seeds.items() if min(counts) > 1}
-        for variant, counts in seeds.items():
-            samples = [by_run[variant, task] for task in tasks]
-            row = {"group": group, "variant": variant, "tasks": len(tasks), "runs": sum(counts)}
-            row["score"] = np.mean([x.mean() for x in samples])
-            if variant == "as-it-is":
-                ones, counts = samples, [min(x) for x in zip(*seeds.values(), strict=True)]
-            row["low"], row["high"] = interval(samples, ones, counts, 0.95)
-            low, high = interval(samples, ones, counts, 1 - 0.05 / max(len(seeds) - 1, 1))
+        runs = (
+            of_group.groupby(["variant", "env_id"], sort=False)["score"].apply(np.array).unstack(sort=False)
+        )
+        seeds = runs.map(np.size, na_action="ignore").fillna(0).astype(int)
+        runs, seeds = runs[seeds.min(axis=1) > 1], seeds[seeds.min(axis=1) > 1]
+        ones = runs.loc["as-it-is"]
+        for variant, samples in runs.iterrows():
+            counts = seeds.min() if variant == "as-it-is" else seeds.loc[variant]
+            low, high = interval(samples, ones, counts, 0.95)
+            row = {
+                "group": group,
+                "variant": variant,
+                "tasks": len(samples),
+                "runs": seeds.loc[variant].sum(),
+            }
+            row |= {"score": np.mean([x.mean() for x in samples]), "low": low, "high": high}
+            low, high = interval(samples, ones, counts, 1 - 0.05 / max(len(runs) - 1, 1))
             summary.append(row | {"clear": "no" if low <= 1 <= high else "yes"})
     return pd.DataFrame(summary).round(3)
 
 
-def main():
-    results, random_play = pd.read_csv(HERE / "results.csv"), pd.read_csv(HERE / "random_play.csv")
-    summary = summarise(scores_of_runs(results, random_play, read_recipes()))
+def main(random_play: bool = False):
+    """Write ablation.csv; with --random-play, first random_play.csv."""
+    if random_play:
+        sys.path.append(str(HERE.parent))  # for the scripts
+        tasks = ablations()[["script", "env_id"]].drop_duplicates()
+        played = pd.DataFrame([play(*task) for task in tasks.itertuples(index=False)])
+        played.to_csv(HERE / "random_play.csv", index=False, lineterminator="\r\n")
+    summary = summarise(scores_of_runs())
     summary.to_csv(HERE / "ablation.csv", index=False)
     print(summary.to_string(index=False))
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import platform
 import tempfile
 import tomllib
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
+# the groups of recipes.toml that plots.py draws, and whose curves run.py keeps
+DRAWN = ("classic", "mujoco-v5", "mujoco-v4", "atari", "atari-10m", "strong", "tutorials")
 
 
 def read_recipes():
@@ -32,6 +35,15 @@ def patch_of(script, patch):
 def read_numerics():
     """{script: {losses: of its first two iterations, commits: whose rows have these numerics}}."""
     return tomllib.loads((HERE / "numerics.toml").read_text())
+
+
+def processor():
+    """Its name, for instance `AMD EPYC`."""
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor()
 
 
 def losses_of(script):

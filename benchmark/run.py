@@ -7,16 +7,10 @@
 
 As many runs go on at once as there are cores, with one thread each, or --jobs of them with --threads each.
 A run that has its row is left alone; one that was interrupted goes on from its checkpoint; --again runs what
-has a row once more and replaces the row. ppo_atari.py takes a GPU where torch finds one.
-Each run trains a copy of its script, and applies its patch, as of the present commit, so that both may be
-edited meanwhile. Its directory is benchmark/runs/<recipe>-<seed>, with all that it printed in log.txt.
-
-results.csv: flags are all but --env-id, --seed, --num-threads and --run-dir; episodic_return is the mean raw
-return of the last 100 training episodes; eval_sampled and eval_deterministic are means over 100 episodes (20
-games of Pong, 10 in an ablation) with seeds that training never used, with their standard deviations; wall_s
-and sps are of the training alone, with whatever else the machine did meanwhile: speeds are in speed.csv.
-commit is that of the script; threads, versions and hardware are of the machine that trained. Rows from before
-a column existed have it empty. curves.csv has up to 200 points a run.
+has a row once more and replaces the row. ppo_atari.py takes a GPU where torch finds one. Each run trains a
+copy of its script, and applies its patch, as of the present commit, so that both may be edited meanwhile. Its
+directory is benchmark/runs/<recipe>-<seed>, with all that it printed in log.txt. benchmark/README.md explains
+the columns of results.csv.
 """
 
 import importlib
@@ -41,13 +35,13 @@ import pandas as pd
 import torch
 import tyro
 from filelock import FileLock, Timeout
-from recipes import losses_of, patch_of, read_numerics, read_recipes, same_losses
+from recipes import DRAWN, losses_of, patch_of, processor, read_numerics, read_recipes, same_losses
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RUNS = HERE / "runs"
-MOST_POINTS = 200  # of a curve in curves.csv
+MOST_POINTS = 60  # of a curve in curves.csv
 
 
 class Run(NamedTuple):
@@ -68,11 +62,7 @@ def git(*command):
 
 def machine(run):
     """Columns of results.csv: what trains. hardware is, for instance, `AMD EPYC, 1 of 2 cores`."""
-    name = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    hardware = f"{name}, {run.threads} of {os.cpu_count()} cores"
+    hardware = f"{processor()}, {run.threads} of {os.cpu_count()} cores"
     if run.script == "ppo_atari" and torch.cuda.is_available():  # the others stay on the CPU by default
         hardware += f", {torch.cuda.get_device_name()}"
     return {
@@ -108,9 +98,6 @@ def note_commit(scripts, commit, new_numerics):
     (HERE / "numerics.toml").write_text("\n".join(lines) + "\n")
     sys.path.remove(folder)
     shutil.rmtree(folder)
-
-
-# ---------------------------------------- one run, in a process of its own ----------------------------
 
 
 def execute(run):
@@ -162,14 +149,9 @@ def train(run, run_dir, script):
     with (run_dir / "log.txt").open("a") as log:
         environment = os.environ | {"OMP_NUM_THREADS": str(run.threads), "TQDM_MININTERVAL": "60"}
         environment["PYTHONPATH"] = str(ROOT)  # for variants/tasks.py
-        subprocess.run(
-            [*command, "--num-threads", str(run.threads), "--eval-episodes", "0"],
-            cwd=run_dir,
-            env=environment,
-            check=True,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+        command += ["--num-threads", str(run.threads), "--eval-episodes", "0"]
+        output = {"stdout": log, "stderr": subprocess.STDOUT}
+        subprocess.run(command, cwd=run_dir, env=environment, check=True, **output)
 
 
 def describe(run, run_dir, script):
@@ -194,23 +176,13 @@ def describe(run, run_dir, script):
         if "charts/SPS" in scalars:
             seconds += events.Scalars("charts/SPS")[-1].wall_time - events.FirstEventTimestamp()
     steps = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)["global_step"]
-    row = {
-        "recipe": run.recipe,
-        "script": run.script,
-        "env_id": run.env_id,
-        "flags": run.flags,
-        "seed": run.seed,
-        "steps": steps,
-        "episodic_return": round(points[-1].value, 2) if points else "",
-        "eval_sampled": round(float(sampled.mean()), 2),
-        "eval_sampled_std": round(float(sampled.std(ddof=1)), 2),
-        "eval_deterministic": round(float(best.mean()), 2),
-        "eval_deterministic_std": round(float(best.std(ddof=1)), 2),
-        "wall_s": round(seconds),
-        "sps": round(steps / seconds),
-        "commit": (run_dir / "commit").read_text(),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
+    row = {name: getattr(run, name) for name in ("recipe", "script", "env_id", "flags", "seed")}
+    row |= {"steps": steps, "episodic_return": round(points[-1].value, 2) if points else ""}
+    for name, returns in (("eval_sampled", sampled), ("eval_deterministic", best)):
+        row[name] = round(float(returns.mean()), 2)
+        row[f"{name}_std"] = round(float(returns.std(ddof=1)), 2)
+    row |= {"wall_s": round(seconds), "sps": round(steps / seconds)}
+    row |= {"commit": (run_dir / "commit").read_text(), "date": datetime.now(UTC).date().isoformat()}
     row |= json.loads((run_dir / "machine.json").read_text())
     every = -(-len(points) // MOST_POINTS)
     curve = [
@@ -218,9 +190,6 @@ def describe(run, run_dir, script):
         for x in points[::-every][::-1]  # counted from the end, so that the last point is among them
     ]
     return row, curve
-
-
-# ---------------------------------------- all of them -------------------------------------------------
 
 
 def merge(path, new_rows):
@@ -243,11 +212,7 @@ def choose(names, recipes):
     unknown = set(names) - groups - set(recipes)
     if unknown:
         sys.exit(f"error: {', '.join(sorted(unknown))}: neither a recipe nor a group of recipes.toml")
-    return {
-        name: entry
-        for name, entry in recipes.items()
-        if not names or name in names or entry["group"] in names
-    }
+    return {name: x for name, x in recipes.items() if not names or {name, x["group"]} & set(names)}
 
 
 def main(
@@ -313,7 +278,7 @@ def main(
                 print(f"failed, see benchmark/runs/{run.recipe}-{run.seed}/log.txt: {error}", flush=True)
                 continue
             merge(HERE / "results.csv", [row])
-            if curve:
+            if curve and read_recipes()[run.recipe]["group"] in DRAWN:
                 merge(HERE / "curves.csv", curve)
             minutes = (time.time() - start) / 60
             returns = f"training {row['episodic_return']}, sampled {row['eval_sampled']}"

@@ -1,57 +1,57 @@
 """Write what is measured and where things stand into README.md and docs/*.md: python benchmark/update_docs.py
 
 It fills
-- the cells of tables whose first column is `recipe`, from results.csv (and `minutes` from speed.csv);
-- comments `# <recipe>: ...` behind commands in blocks of code, from the same files;
-- the tables marked <!-- speed -->, <!-- growth --> and <!-- threads -->, from the files of these names, and
-  <!-- speed on a GPU --> from the first of them;
-- tables marked <!-- recipes: group --> and commands marked <!-- commands: group -->, from recipes.toml;
+- the cells of tables whose first column is `recipe`, from results.csv;
+- tables marked <!-- recipes: group -->, from recipes.toml and results.csv;
 - tables marked <!-- ablation: group -->, from ablation.csv and results.csv;
+- the tables marked <!-- speed -->, <!-- speed on a GPU -->, <!-- threads --> and <!-- growth -->, from
+  speed.csv;
 - of tables whose first column is `tag`, the column `where` from the scripts themselves, and `without it` from
   ablation.csv.
 All else stays as it is; a second run changes nothing. tests/test_docs.py fails while a page is out of date.
 """
 
-import ast
-import csv
 import functools
 import re
 import statistics
-import textwrap
 from pathlib import Path
 
+import pandas as pd
 from recipes import read_numerics, read_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("discrete", "continuous", "atari")
 NOT_MEASURED = "not measured"
 TAG = re.compile(r"\[((?:core|cont|atari|ours) \d+)\]")
-# the row of speed.csv that tells how long a recipe takes
-PROGRAMS = {
-    "breakout": ("breakout", "bf16"),
-    "breakout-fp32": ("breakout", "eager"),
+ABLATIONS = {
+    "ablation-classic": "classic control",
+    "ablation-mujoco": "MuJoCo",
+    "ablation-atari": "Breakout",
+}
+SPEEDS = {  # columns of speed.csv: those of a table, with their form
+    "sps": ("steps/s", "{:,.0f}"),
+    "ratio": ("x", "{:.2f}"),
+    "environment_ms": ("environments", "{:,.0f} ms"),
+    "policy_ms": ("policy", "{:,.0f} ms"),
+    "update_ms": ("update", "{:,.0f} ms"),
+    "peak_mb": ("memory", "{:,.0f} MB"),
+    "first_iteration_s": ("first iteration", "{:.1f} s"),
 }
 
 
 @functools.cache
 def rows_of(name):
     """The rows of benchmark/<name>.csv."""
-    path = ROOT / "benchmark" / f"{name}.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return pd.read_csv(ROOT / "benchmark" / f"{name}.csv", dtype={"commit": str, "round": str})
 
 
-def markdown(*rows):
-    return ["| " + " | ".join(row) + " |" for row in rows]
+def table_of(header, rows):
+    return "".join(f"| {' | '.join(row)} |\n" for row in (header, ["---"] * len(header), *rows))
 
 
-def rule(columns):
-    return ["---"] * columns
-
-
-# --- results ---
+def split(line):
+    """The cells of a row."""
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
 
 
 def number(x, like=None):
@@ -61,7 +61,7 @@ def number(x, like=None):
 
 def mean_and_spread(numbers):
     """`500.0 ± 0.0`: mean and sample standard deviation over seeds; a single seed has no spread."""
-    if not numbers:
+    if len(numbers) == 0:
         return NOT_MEASURED
     mean = statistics.mean(numbers)
     if len(numbers) == 1:
@@ -69,58 +69,31 @@ def mean_and_spread(numbers):
     return f"{number(mean)} ± {number(statistics.stdev(numbers), like=mean)}"
 
 
-def each(numbers):
-    return ", ".join(number(x) for x in numbers) if numbers else NOT_MEASURED
-
-
 def both(numbers):
     """Mean and spread, and below them what they are made of."""
-    if len(numbers) < 2:
-        return mean_and_spread(numbers)
-    return f"{mean_and_spread(numbers)}<br>{each(numbers)}"
+    each = f"<br>{', '.join(map(number, numbers))}" if len(numbers) > 1 else ""
+    return mean_and_spread(numbers) + each
 
 
-def minutes(recipe, runs):
-    """The median of what the runs took; or, where that was not noted, steps over the median of speed.csv."""
-    seconds = [float(run["wall_s"]) for run in runs if run["wall_s"]]
-    speeds = [float(r["sps"]) for r in rows_of("speed") if (r["task"], r["program"]) == PROGRAMS.get(recipe)]
-    if not seconds and (not speeds or not runs):
-        return NOT_MEASURED
-    time = statistics.median(seconds) if seconds else int(runs[0]["steps"]) / statistics.median(speeds)
-    return str(max(1, round(time / 60)))
+def runs_of(recipe):
+    rows = rows_of("results")
+    return rows[rows["recipe"] == recipe].sort_values("seed")
 
 
 def cells_of(recipe):
-    """{header of a column: its cell in the row of the recipe}."""
-    runs = [row for row in rows_of("results") if row["recipe"] == recipe]
-    runs.sort(key=lambda row: int(row["seed"]))
-    numbers = {
-        key: [float(run[key]) for run in runs if run[key]]
-        for key in ("episodic_return", "eval_sampled", "eval_deterministic")
-    }
-    steps = int(runs[0]["steps"]) if runs else 0
+    """{header of a column: its cell in the row of the recipe}; a dagger marks runs with older numerics."""
+    runs, entry, numerics = runs_of(recipe), read_recipes()[recipe], read_numerics()
+    present = [run.commit in numerics[run.script]["commits"] for run in runs.itertuples()]
+    mark, seconds = "" if all(present) else " †", runs["wall_s"].median()
     return {
-        "steps": f"{steps:,}" if steps else NOT_MEASURED,
-        "return": mean_and_spread(numbers["episodic_return"]),
-        "evaluated": mean_and_spread(numbers["eval_sampled"]) + mark(runs),
-        "each seed": each(numbers["episodic_return"]) + mark(runs),
-        "training": both(numbers["episodic_return"]) + mark(runs),
-        "sampled": both(numbers["eval_sampled"]),
-        "deterministic": both(numbers["eval_deterministic"]),
-        "minutes": minutes(recipe, runs),
-        "command": command_of(recipe),
+        "steps": f"{runs['steps'].iloc[0]:,}" if len(runs) else NOT_MEASURED,
+        "training": both(runs["episodic_return"]) + mark,
+        "sampled": both(runs["eval_sampled"]),
+        "deterministic": both(runs["eval_deterministic"]),
+        "evaluated": mean_and_spread(runs["eval_sampled"]) + mark,
+        "minutes": NOT_MEASURED if pd.isna(seconds) else str(max(1, round(seconds / 60))),
+        "command": f"`{entry['script']}.py --env-id {entry['env_id']} {entry['flags']}".rstrip() + "`",
     }
-
-
-def command_of(recipe):
-    entry = read_recipes().get(recipe, {"script": "ppo", "env_id": "?", "flags": ""})
-    return f"`{entry['script']}.py --env-id {entry['env_id']} {entry['flags']}".rstrip() + "`"
-
-
-def mark(runs):
-    """A dagger if some of the runs were made with older numerics of their script than the present ones."""
-    numerics = read_numerics()
-    return " †" if any(run["commit"] not in numerics[run["script"]]["commits"] for run in runs) else ""
 
 
 def group_of(group):
@@ -137,166 +110,95 @@ def recipes_table(group):
     header = ["recipe", "task", "steps", "training", "sampled", "deterministic"]
     if all("against" in entry for entry in entries.values()):
         header = ["recipe", "task", "training", "against"]
-    last = [x for x in ("note", "published") if any(x in entry for entry in entries.values())]
-    table = [[{"published": "published PPO"}.get(x, x) for x in header + last], rule(len(header + last))]
-    missing = []
+    header += [x for x in ("note", "published") if any(x in entry for entry in entries.values())]
+    rows, missing = [], []
     for name, entry in entries.items():
-        cells = {"recipe": f"`{name}`", "task": entry["env_id"]} | cells_of(name)
+        measured = set(runs_of(name)["seed"])
+        seeds = [str(seed) for seed in entry["seeds"] if seed not in measured]
+        if seeds:
+            missing.append(f"{', '.join(seeds) if measured else 'all'} of `{name}`")
+        cells = entry | cells_of(name) | {"recipe": f"`{name}`", "task": entry["env_id"]}
         if "against" in entry:
             cells["against"] = f"`{entry['against']}`: {cells_of(entry['against'])['training']}"
-        measured = {int(run["seed"]) for run in rows_of("results") if run["recipe"] == name}
-        seeds = [seed for seed in entry["seeds"] if seed not in measured]
-        if not measured:
-            missing.append(f"all of `{name}`")
-        elif seeds:
-            missing.append(f"{', '.join(map(str, seeds))} of `{name}`")
         if measured:
-            table.append([cells[x] for x in header] + [entry.get(x, "") for x in last])
+            rows.append([cells.get(x, "") for x in header])
     if missing:
-        table.append([f"seeds not run yet: {'; '.join(missing)}", *[""] * (len(header + last) - 1)])
-    return markdown(*table)
+        rows.append([f"seeds not run yet: {'; '.join(missing)}"] + [""] * (len(header) - 1))
+    return table_of([{"published": "published PPO"}.get(x, x) for x in header], rows)
+
+
+def scores():
+    """{(group, variant): `0.71 (0.60 to 0.82)`}, in bold where it is clear, from ablation.csv."""
+    cells = {}
+    for row in rows_of("ablation").itertuples():
+        text = f"{row.score:.2f} ({row.low:.2f} to {row.high:.2f})"
+        cells[row.group, row.variant] = f"**{text}**" if row.clear == "yes" else text
+    return cells
 
 
 def ablation_table(group):
-    """A row per variant: its return on each task, and its score over all of them, from ablation.csv."""
-    scores = {row["variant"]: row for row in rows_of("ablation") if row["group"] == group}
+    """A row per variant: its return on each task, and its score over all of them."""
     recipes = {(entry["env_id"], name.split("-", 2)[2]): name for name, entry in group_of(group).items()}
     tasks = list(dict.fromkeys(task for task, _ in recipes))
-    table = [["variant", *tasks, "score"], rule(2 + len(tasks))]
-    for variant, score in scores.items():
-        returns = [cells_of(recipes[task, variant])["training"] for task in tasks]
-        table.append([variant.replace("-", " "), *returns, score_cell(score)])
-    if not scores:
-        table.append([NOT_MEASURED] + [""] * (1 + len(tasks)))
-    return markdown(*table)
+    rows = []
+    for (of_group, variant), score in scores().items():
+        if of_group == group:
+            returns = [cells_of(recipes[task, variant])["training"] for task in tasks]
+            rows.append([variant.replace("-", " "), *returns, score])
+    return table_of(["variant", *tasks, "score"], rows)
 
 
-def score_cell(row):
-    """`0.71 (0.60 to 0.82)` of a row of ablation.csv, in bold where it is clear."""
-    text = f"{float(row['score']):.2f} ({float(row['low']):.2f} to {float(row['high']):.2f})"
-    return f"**{text}**" if row["clear"] == "yes" else text
+def without(tag):
+    """`0.71 (0.60 to 0.82) MuJoCo`: the scores of the scripts without a detail."""
+    recipes = [(name, x["group"]) for name, x in read_recipes().items() if x.get("without") == tag]
+    variants = dict.fromkeys((group, name.split("-", 2)[2]) for name, group in recipes)
+    return ", ".join(f"{scores()[x]} {ABLATIONS[x[0]]}" for x in variants if x in scores())
 
 
-def command_lines(group):
-    """The commands of a group in a block of code, each after its name, in lines of at most 110 columns."""
-    lines = ["```bash"]
-    for name, entry in group_of(group).items():
-        words = ["python", f"{entry['script']}.py", "--env-id", entry["env_id"], *entry["flags"].split()]
-        wrapped = textwrap.wrap(" ".join(words), 106, break_long_words=False, break_on_hyphens=False)
-        lines += [f"# {name}", *(" \\\n  ".join(wrapped)).split("\n")]
-    return [*lines, "```"]
+def speeds(kind=""):
+    """The rows of speed.csv whose tasks begin with this word; without one: beside SB3, on the CPU."""
+    rows = rows_of("speed")
+    words = rows["task"].str.extract("^(gpu|threads|growth) ", expand=False).fillna("")
+    return rows[words == kind].assign(task=rows["task"].str.removeprefix(f"{kind} "))
 
 
-def comment_of(recipe):
-    cells = cells_of(recipe)
-    time = f"{cells['minutes']} minutes".replace("measured minutes", "measured")
-    return f"# {recipe}: {time if time != '1 minutes' else '1 minute'}, return {cells['return']}"
-
-
-# --- speed ---
-
-
-def quartiles(numbers):
-    """Median and, in brackets, quartiles."""
-    if len(numbers) < 2:
-        return f"{numbers[0]:.2f}"
-    low, middle, high = statistics.quantiles(numbers, n=4, method="inclusive")
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
-
-
-def on(name, gpu):
-    """The rows of benchmark/<name>.csv whose task is one for a GPU, or those whose task is not."""
-    return [row for row in rows_of(name) if row["task"].startswith("gpu ") == gpu]
-
-
-def speed_table(gpu=False):
-    """Medians over rounds; ratios are taken within a round."""
-    rows = on("speed", gpu)
-    header = ["task", "program", "steps/s", "x SB3", "environments", "policy", "update"]
-    header += ["memory", "first iteration"]
-    table = [header, rule(len(header))]
-    sb3 = {(row["task"], row["round"]): float(row["sps"]) for row in rows if row["program"] == "sb3"}
-    for task, program in dict.fromkeys((row["task"], row["program"]) for row in rows):
-        mine = [row for row in rows if (row["task"], row["program"]) == (task, program)]
-        ratios = [float(row["sps"]) / sb3[task, row["round"]] for row in mine if (task, row["round"]) in sb3]
-        keys = ("sps", "environment_ms", "policy_ms", "update_ms", "peak_mb", "first_iteration_s")
-        sps, *times, memory, first = (statistics.median(float(row[key]) for row in mine) for key in keys)
-        table.append(
-            [
-                task.removeprefix("gpu "),
-                program,
-                f"{sps:,.0f}",
-                quartiles(ratios) if ratios else NOT_MEASURED,
-                *(f"{x:,.0f} ms" for x in times),
-                f"{memory:,.0f} MB",
-                f"{first:.1f} s",
-            ]
-        )
-    return markdown(*table)
+def speed_table(rows, base="sb3"):
+    """Medians over rounds; ratios to the program base, with quartiles, are taken within a round."""
+    of_base = rows.loc[rows["program"] == base, ["task", "round", "sps"]]
+    rows = rows.merge(of_base, "left", ["task", "round"], suffixes=("", "_of_base"))
+    rows["ratio"] = rows["sps"] / rows["sps_of_base"]
+    columns = [column for column in SPEEDS if rows[column].notna().any()]
+    groups = rows.groupby(["task", "program"], sort=False)
+    cells = groups[columns].median()
+    for column in columns:
+        cells[column] = cells[column].map(SPEEDS[column][1].format)
+    low, high = (groups["ratio"].quantile(q).map("{:.2f}".format) for q in (0.25, 0.75))
+    cells["ratio"] = (cells["ratio"] + " (" + low + " to " + high + ")").where(low != "nan", NOT_MEASURED)
+    header = [SPEEDS[column][0] for column in columns]
+    header[1] += f" {base}".replace("sb3", "SB3")
+    return table_of(["task", "program", *header], cells.reset_index().values.tolist())
 
 
 def growth_table():
     """Steps per second and memory of each task, by number of environments."""
-    rows = rows_of("growth")
-    numbers = list(dict.fromkeys(row["num_envs"] for row in rows))
-    table = [["`--num-envs`", *numbers], rule(1 + len(numbers))]
-    for key, unit in (("sps", "steps/s"), ("peak_mb", "MB")):
-        for task in dict.fromkeys(row["task"] for row in rows):
-            found = {row["num_envs"]: f"{float(row[key]):,.0f}" for row in rows if row["task"] == task}
-            table.append([f"{task}, {unit}", *(found.get(x, NOT_MEASURED) for x in numbers)])
-    return markdown(*table)
-
-
-def threads_table():
-    """Medians over rounds; ratios to one run with one thread are taken within a round."""
-    rows = rows_of("threads")
-    header = ["at once", "one run, one thread", "one run, two threads", "two runs, one thread each"]
-    table = [header, rule(len(header))]
-    for task in dict.fromkeys(row["task"] for row in rows):
-        mine = [row for row in rows if row["task"] == task]
-        one = [float(row["one thread"]) for row in mine]
-        cells = [f"{statistics.median(one):,.0f} steps/s"]
-        for key in ("two threads", "two runs"):
-            ratios = [float(row[key]) / x for row, x in zip(mine, one, strict=True)]
-            cells.append(f"x {quartiles(ratios)}")
-        table.append([task, *cells])
-    return markdown(*table)
-
-
-TABLES = {
-    "speed": speed_table,
-    "speed on a GPU": functools.partial(speed_table, gpu=True),
-    "growth": growth_table,
-    "threads": threads_table,
-}
-OF_GROUPS = {"recipes": recipes_table, "commands": command_lines, "ablation": ablation_table}
-
-
-# --- details ---
+    groups, rows = speeds("growth").groupby(["task", "program"], sort=False), []
+    for column, unit in (("sps", "steps/s"), ("peak_mb", "MB")):
+        medians = groups[column].median().map("{:,.0f}".format).unstack(sort=False)
+        rows += [[f"{task}, {unit}", *cells] for task, cells in medians.iterrows()]
+    return table_of(["`--num-envs`", *medians], rows)
 
 
 @functools.cache
 def tagged(script, folder=ROOT):
     """{tag: names of the functions and classes that carry it}, the docstring of the file left out."""
-    source = (folder / f"ppo_{script}.py").read_text()
-    tree = ast.parse(source)
-    spans = []
-
-    def visit(node, prefix):
-        for child in ast.iter_child_nodes(node):
-            name = prefix
-            if isinstance(child, ast.FunctionDef | ast.ClassDef):
-                name = f"{prefix}.{child.name}".lstrip(".")
-                spans.append((child.lineno, child.end_lineno, name))
-            visit(child, name)
-
-    visit(tree, "")
-    found = {}
-    for line_number, line in enumerate(source.splitlines(), 1):
-        if line_number > tree.body[0].end_lineno:
-            for tag in TAG.findall(line):
-                around = [span for span in spans if span[0] <= line_number <= span[1]]
-                found.setdefault(tag, []).append(max(around)[2] if around else "the file")
+    found, outer, place = {}, "", "the file"
+    for line in (folder / f"ppo_{script}.py").read_text().split('"""', 2)[2].splitlines():
+        if start := re.match(r"(?:class|def) (\w+)", line):
+            outer = place = start[1]
+        elif method := re.match(r"    def (\w+)\(self", line):
+            place = f"{outer}.{method[1]}"
+        for tag in TAG.findall(line):
+            found.setdefault(tag, []).append(place)
     return found
 
 
@@ -306,82 +208,46 @@ def where(tag):
     for script in SCRIPTS:
         for name in tagged(script).get(tag, []):
             scripts.setdefault(name, []).append(script)
-    places = [
-        f"`{name}`" if len(files) == len(SCRIPTS) else f"`{name}` ({', '.join(files)})"
-        for name, files in scripts.items()
-    ]
-    return ", ".join(places)
+    in_some = {name: f" ({', '.join(x)})" if len(x) < len(SCRIPTS) else "" for name, x in scripts.items()}
+    return ", ".join(f"`{name}`{which}" for name, which in in_some.items())
 
 
-ABLATIONS = {
-    "ablation-classic": "classic control",
-    "ablation-mujoco": "MuJoCo",
-    "ablation-atari": "Breakout",
+TABLES = {
+    "recipes": recipes_table,
+    "ablation": ablation_table,
+    "speed": lambda: speed_table(speeds()),
+    "speed on a GPU": lambda: speed_table(speeds("gpu")),
+    "threads": lambda: speed_table(speeds("threads"), "one thread"),
+    "growth": growth_table,
 }
 
 
-def without(tag):
-    """`0.71 (0.60 to 0.82) MuJoCo`: the scores of the scripts without a detail, from ablation.csv."""
-    entries = [(name, x) for name, x in read_recipes().items() if x.get("without") == tag]
-    variants = dict.fromkeys((entry["group"], name.split("-", 2)[2]) for name, entry in entries)
-    scores = {(row["group"], row["variant"]): score_cell(row) for row in rows_of("ablation")}
-    return ", ".join(f"{scores[x]} {ABLATIONS[x[0]]}" for x in variants if x in scores)
+def written(match):
+    """A mark with the table that belongs behind it."""
+    mark, kind, group = match.groups()
+    if kind not in TABLES:
+        return match[0]
+    return mark + (TABLES[kind](group) if group else TABLES[kind]())
 
 
-# --- files ---
-
-
-def split(line):
-    return [cell.strip() for cell in line.strip().strip("|").split("|")]
-
-
-def end_of_written(lines, start):
-    """The number of the first line after the table or the block of code that begins at start, if one does."""
-    if start < len(lines) and lines[start].startswith("```"):
-        return lines.index("```", start + 1) + 1
-    while start < len(lines) and lines[start].startswith("|"):
-        start += 1
-    return start
+def filled(match):
+    """A table whose first column is `recipe` or `tag`, with the cells that are known."""
+    header, _, *rows = map(split, match[0].splitlines())
+    for row in rows:
+        known = {}
+        if header[0] == "tag":
+            known = {"where": where(row[0]), "without it": without(row[0])}
+        elif row[0].startswith("`"):
+            known = cells_of(row[0].strip("`"))
+        row[:] = [known.get(name, cell) for name, cell in zip(header, row, strict=True)]
+    return table_of(header, rows)
 
 
 def updated(text):
     """A page as it should be."""
-    lines, header, in_code = [], None, False
-    old = text.splitlines()
-    number_of = 0
-    while number_of < len(old):
-        line = old[number_of]
-        number_of += 1
-        if line.startswith("```"):
-            in_code = not in_code
-        mark = re.fullmatch(r"<!-- ([\w ]+) -->", line)
-        of_group = re.fullmatch(r"<!-- (recipes|commands|ablation): ([\w-]+) -->", line)
-        if of_group:
-            lines += [line, *OF_GROUPS[of_group[1]](of_group[2])]
-            number_of = end_of_written(old, number_of)
-            continue
-        comment = re.fullmatch(r"(python .*?)  # ([\w-]+): .*", line) if in_code else None
-        if mark and mark[1] in TABLES:
-            lines += [line, *TABLES[mark[1]]()]
-            number_of = end_of_written(old, number_of)
-            continue
-        if comment:
-            line = f"{comment[1]}  {comment_of(comment[2])}"
-        if line.startswith("|") and not in_code:
-            cells = split(line)
-            if header is None:
-                header = cells
-            elif header[0] == "recipe" and cells[0].startswith("`"):
-                new = cells_of(cells[0].strip("`"))
-                line = markdown([new.get(name, cell) for name, cell in zip(header, cells, strict=True)]).pop()
-            elif header[0] == "tag" and set(cells[0]) != {"-"}:
-                named = zip(header, cells, strict=True)
-                filled = {"where": where, "without it": without}
-                line = markdown([filled[name](cells[0]) if name in filled else x for name, x in named]).pop()
-        else:
-            header = None
-        lines.append(line)
-    return "\n".join(lines) + "\n"
+    mark = r"^(<!-- ([\w ]+?)(?:: ([\w-]+))? -->\n)"
+    text = re.sub(mark + r"(?:\|.*\n)*", written, text, flags=re.M)
+    return re.sub(r"^\| (?:recipe|tag) \|.*\n(?:\|.*\n)+", filled, text, flags=re.M)
 
 
 def pages():

@@ -10,12 +10,14 @@ import statistics
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 import tyro
 from conftest import NAMES, ROOT, SCRIPTS
 
 sys.path.append(str(ROOT / "benchmark"))
 import recipes
+import update_docs
 
 RECIPES = recipes.read_recipes()
 COLUMNS = (
@@ -71,14 +73,14 @@ def test_recipes_are_compared_with_recipes_of_the_same_task():
 
 
 def test_curves_are_of_rows_and_end_where_they_do():
-    """At most 200 points; the last one is the return of the row."""
+    """At most 60 points, of the groups that are drawn; the last one is the return of the row."""
     curves = {}
     for point in rows("curves"):
         curves.setdefault((point["recipe"], point["seed"]), []).append(point)
     results = {(row["recipe"], row["seed"]): row for row in rows("results")}
     assert set(curves) <= set(results)
     for key, points in curves.items():
-        assert len(points) <= 200, key
+        assert len(points) <= 60 and RECIPES[key[0]]["group"] in recipes.DRAWN, key
         steps = [int(point["step"]) for point in points]
         assert steps == sorted(set(steps)) and float(points[-1]["return"]) == float(
             results[key]["episodic_return"]
@@ -178,7 +180,6 @@ def test_every_patch_fits_the_script(tmp_path):
 
 def test_a_second_runner_leaves_the_first_alone(monkeypatch, tmp_path):
     """Two would train in the same directories and write the same rows; here another process has the lock."""
-    pytest.importorskip("pandas")
     pytest.importorskip("filelock")
     runner = importlib.import_module("run")
     monkeypatch.setattr(runner, "RUNS", tmp_path)
@@ -194,7 +195,7 @@ def test_a_second_runner_leaves_the_first_alone(monkeypatch, tmp_path):
 
 def test_a_row_names_the_machine_that_trained(monkeypatch):
     """With its GPU only where the script takes one by itself, and with the threads of the run."""
-    pytest.importorskip("pandas")
+    pytest.importorskip("filelock")
     runner = importlib.import_module("run")
     monkeypatch.setattr(runner.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(runner.torch.cuda, "get_device_name", lambda: "Some GPU")
@@ -214,12 +215,10 @@ def test_rows_with_graphs_were_made_on_a_gpu():
 
 def test_speeds_are_shown_where_sb3_was_not_run():
     """With many games it would take minutes; ratios to it are then not measured."""
-    import speed
-
     times = dict.fromkeys(("environment_ms", "policy_ms", "update_ms", "peak_mb", "first_iteration_s"), 1.0)
     kinds = (("a", "eager", 30.0), ("a", "sb3", 10.0), ("b", "eager", 20.0))
     made = [{"task": task, "program": x, "round": 1, "sps": sps} | times for task, x, sps in kinds]
-    lines = speed.table(speed.summarise(made))[2:]
+    lines = update_docs.speed_table(pd.DataFrame(made)).splitlines()[2:]
     assert [line.split(" | ")[3] for line in lines] == [
         "3.00 (3.00 to 3.00)",
         "1.00 (1.00 to 1.00)",
@@ -227,23 +226,27 @@ def test_speeds_are_shown_where_sb3_was_not_run():
     ]
 
 
+def test_ratios_of_speeds_are_taken_within_a_round():
+    made = [("a", "eager", 1, 20.0), ("a", "sb3", 1, 10.0), ("a", "eager", 2, 6.0), ("a", "sb3", 2, 2.0)]
+    made += [("a", "eager", 3, 80.0), ("a", "sb3", 3, 20.0)]
+    rows = pd.DataFrame(made, columns=["task", "program", "round", "sps"])
+    absent = ["environment_ms", "policy_ms", "update_ms", "peak_mb", "first_iteration_s"]
+    table = update_docs.speed_table(rows.reindex(columns=[*rows, *absent]))
+    assert "| a | eager | 20 | 3.00 (2.50 to 3.50) |" in table and "environments" not in table
+
+
 def test_a_table_names_the_seeds_that_were_not_run(monkeypatch):
     """In its last row; a recipe without any row is named as a whole."""
-    import update_docs
-
-    group = update_docs.group_of("layout")
+    group, results = update_docs.group_of("layout"), update_docs.rows_of("results")
     one, other, *rest = group
-    kept = [row for row in rows("results") if row["recipe"] in rest]
-    some = [row for row in rows("results") if row["recipe"] == one and row["seed"] == "2"]
-    monkeypatch.setattr(update_docs, "rows_of", lambda name: kept + some if name == "results" else [])
-    *_, last = update_docs.recipes_table("layout")
+    kept = results[results["recipe"].isin(rest) | ((results["recipe"] == one) & (results["seed"] == 2))]
+    monkeypatch.setattr(update_docs, "rows_of", lambda name: kept)
+    *_, last = update_docs.recipes_table("layout").splitlines()
     missing = ", ".join(str(seed) for seed in group[one]["seeds"] if seed != 2)
     assert f"{missing} of `{one}`" in last and f"all of `{other}`" in last
 
 
 def test_tables_of_a_gpu_and_of_a_cpu_are_apart():
-    import update_docs
-
-    on_cpu, on_gpu = ("\n".join(update_docs.speed_table(gpu)) for gpu in (False, True))
+    on_cpu, on_gpu = (update_docs.speed_table(update_docs.speeds(kind)) for kind in ("", "gpu"))
     assert "graphs" in on_gpu and "graphs" not in on_cpu
     assert "cartpole" in on_cpu and "cartpole" not in on_gpu

@@ -24,8 +24,6 @@ OTHER_FLAGS = {  # of other programs
     "--help",
     "--logdir",
     "--against",
-    "--growth",
-    "--share",
     "--cuda",
     "--no-cuda",
     "--save-model",
@@ -33,6 +31,7 @@ OTHER_FLAGS = {  # of other programs
     "--hf-entity",
     "--again",
     "--list",
+    "--tasks",
     "--new-numerics",
     "--standalone",
     "--nnodes",
@@ -103,16 +102,15 @@ def test_a_page_is_what_update_docs_writes(page):
     assert update_docs.updated(text) == text
 
 
-def test_update_docs_fills_tables_and_comments():
-    page = "| recipe | return | x |\n| --- | --- | --- |\n| `hopper` | ? | kept |\n| `nothing` | ? | kept |\n"
-    page += "\n```bash\npython ppo_continuous.py  # hopper: ?\n```\n"
+def test_update_docs_fills_tables():
+    page = "| recipe | evaluated | x |\n| --- | --- | --- |\n"
+    page += "| `hopper` | ? | kept |\n| `pendulum` | ? | kept |\n"
     page += "\n| tag | where |\n| --- | --- |\n| core 5 | ? |\n"
     page += "\n<!-- speed -->\n| old |\nthe end\n"
     new = update_docs.updated(page)
-    cells = update_docs.cells_of("hopper")
-    assert f"| `hopper` | {cells['return']} | kept |" in new and re.fullmatch(r"\S+ ± \S+", cells["return"])
-    assert "| `nothing` | not measured | kept |" in new and "| core 5 | `compute_gae` |" in new
-    assert f"python ppo_continuous.py  # hopper: {cells['minutes']} minute" in new
+    evaluated = update_docs.cells_of("hopper")["evaluated"]
+    assert f"| `hopper` | {evaluated} | kept |" in new and re.fullmatch(r"\S+ ± \S+", evaluated)
+    assert "| `pendulum` | not measured | kept |" in new and "| core 5 | `compute_gae` |" in new
     assert "old" not in new and "the end" in new and "| task | program |" in new and "?" not in new
     assert update_docs.updated(new) == new
 
@@ -187,14 +185,14 @@ def test_the_results_show_every_recipe():
     Variants of an ablation are rows under their own names."""
     text = "\n".join(PAGES[f"docs/{page}.md"].read_text() for page in ("results", "experiments"))
     shown = [(name, parsed(name, tuple(arguments))) for name, arguments in commands(text)]
-    measured = {row["recipe"] for row in update_docs.rows_of("results")}
+    measured = set(update_docs.rows_of("results")["recipe"])
     for recipe, entry in update_docs.read_recipes().items():
         if recipe in measured and entry["group"].startswith("ablation"):
             table = text.partition(f"<!-- ablation: {entry['group']} -->")[2].partition("\n\n")[0]
             assert f"| {recipe.split('-', 2)[2].replace('-', ' ')} |" in table, recipe
         elif recipe in measured:
             assert text.count(f"| `{recipe}` |") == 1, recipe
-        if entry["group"] in ("strong", "tutorials"):
+        if entry["group"] in ("strong", "tutorials", "gpu"):
             arguments = ("--env-id", entry["env_id"], *entry["flags"].split())
             assert (entry["script"], parsed(entry["script"], arguments)) in shown, recipe
 

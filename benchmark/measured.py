@@ -1,0 +1,226 @@
+"""A process that speed.py starts: it runs a program in turns, as a job in JSON says, and prints their times.
+
+It imports what the program needs and nothing else, since its memory and its start are measured, too.
+"""
+
+import importlib
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import time
+import types
+from functools import partial
+from pathlib import Path
+
+WARMUP = 2  # iterations before the first turn
+
+
+class Clock:
+    """Counts the time of a turn's iterations, tells it to the parent, and waits to be asked for the next."""
+
+    def __init__(self, job, args):
+        self.job, self.batch, self.first_iteration_s = job, args.num_envs * args.num_steps, None
+        self.begin_turn(WARMUP)
+
+    def begin_turn(self, iterations):
+        self.iterations, self.done = iterations, 0
+        self.in_envs = self.in_rollout = 0.0
+        self.turn_began = self.began = time.perf_counter()
+
+    def watch(self, envs, method="step"):
+        """Count the time in a method of envs."""
+        step = getattr(envs, method)
+
+        def timed(*args):
+            start = time.perf_counter()
+            result = step(*args)
+            self.in_envs += time.perf_counter() - start
+            return result
+
+        setattr(envs, method, timed)
+        return envs
+
+    def rollout_ended(self):
+        self.in_rollout += time.perf_counter() - self.began
+
+    def iteration_ended(self):
+        self.began = time.perf_counter()
+        self.first_iteration_s = self.first_iteration_s or time.time() - self.job["born"]
+        self.done += 1
+        if self.done == self.iterations:
+            self.tell(self.began - self.turn_began)
+            self.begin_turn(self.job["iterations"])
+
+    def tell(self, seconds):
+        row = {
+            "sps": self.done * self.batch / seconds,
+            "environment_ms": 1e3 * self.in_envs / self.done,
+            "policy_ms": 1e3 * (self.in_rollout - self.in_envs) / self.done,
+            "update_ms": 1e3 * (seconds - self.in_rollout) / self.done,
+            "first_iteration_s": self.first_iteration_s,
+            "peak_mb": peak_mb(),
+            "threads": sys.modules["torch"].get_num_threads(),
+        }
+        print(json.dumps({key: round(value, 2) for key, value in row.items()}), flush=True)
+        if not sys.stdin.readline():  # the parent has seen enough
+            for child in multiprocessing.active_children():
+                child.terminate()
+            os._exit(0)
+
+
+def peak_mb():
+    """Of this process and its children, so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    for child in multiprocessing.active_children():
+        status = Path(f"/proc/{child.pid}/status")
+        if status.exists():
+            peak += int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
+    return peak
+
+
+def measure_script(script, args, job):
+    """train() as it is; the clock sees where advantages begin and when an iteration is logged."""
+    clock = Clock(job, args)
+    make_envs, compute_gae, write_log = script.make_envs, script.compute_gae, script.write_log
+
+    def timed_gae(*args):
+        clock.rollout_ended()
+        return compute_gae(*args)
+
+    def timed_log(*args):
+        result = write_log(*args)
+        clock.iteration_ended()
+        return result
+
+    script.make_envs = lambda *args: clock.watch(make_envs(*args))
+    script.compute_gae, script.write_log = timed_gae, timed_log
+    script.train(args)
+
+
+def measure_sb3(args, job):
+    """SB3's PPO, told to do what the script does with these arguments. The script itself is not imported."""
+    import gymnasium
+    import stable_baselines3 as sb3
+    import torch
+    from stable_baselines3.common import callbacks, env_util, vec_env
+
+    torch.set_num_threads(args.num_threads or torch.get_num_threads())
+    clock = Clock(job, args)
+    atari = job["script"] == "ppo_atari"
+    assert args.anneal_lr and args.norm_adv, "what is not passed on is the same in both"
+    assert atari or (args.activation == "tanh" and args.norm_obs == args.norm_reward)
+    if atari:
+        env_id = f"ale_py:{args.env_id}"  # imports ale_py, which registers it, in workers as well
+        kind = vec_env.SubprocVecEnv if job["program"] == "sb3 subproc" else vec_env.DummyVecEnv
+        envs = env_util.make_atari_env(env_id, args.num_envs, seed=args.seed, vec_env_cls=kind)
+        envs = vec_env.VecFrameStack(envs, 4)
+        policy, kwargs = "CnnPolicy", {}
+    else:
+        envs = vec_env.DummyVecEnv([lambda: env_util.Monitor(gymnasium.make(args.env_id))] * args.num_envs)
+        policy = "MlpPolicy"
+        kwargs = {"net_arch": list(args.hidden_sizes), "activation_fn": torch.nn.Tanh}
+        if hasattr(args, "init_log_std"):
+            kwargs["log_std_init"] = args.init_log_std
+        if args.norm_obs:
+            envs = vec_env.VecNormalize(envs, gamma=args.gamma)
+
+    class Watch(callbacks.BaseCallback):
+        def _on_rollout_start(self):
+            if self.num_timesteps:  # the first one starts before anything was trained
+                clock.iteration_ended()
+
+        def _on_rollout_end(self):
+            clock.rollout_ended()
+
+        def _on_step(self):
+            return True
+
+    same = ("gamma", "gae_lambda", "ent_coef", "max_grad_norm", "device", "seed")
+    model = sb3.PPO(
+        policy,
+        clock.watch(envs, "step_wait"),
+        learning_rate=lambda remaining: remaining * args.learning_rate,
+        n_steps=args.num_steps,
+        batch_size=args.num_steps * args.num_envs // args.num_minibatches,
+        n_epochs=args.update_epochs,
+        clip_range=args.clip_coef,
+        clip_range_vf=args.clip_coef if args.clip_vloss else None,
+        vf_coef=args.vf_coef / 2,  # SB3's value loss lacks the factor 1/2
+        policy_kwargs=kwargs,
+        **{name: getattr(args, name) for name in same},
+    )
+    model.learn(args.total_timesteps, Watch())
+
+
+def products(torch, agent, obs):
+    """The matrix products and convolutions of a forward pass, and those of a backward pass, as functions."""
+    forward, backward = [], []
+
+    def note(module, inputs, y):
+        (x,) = inputs
+        weight, dy = module.weight.detach().to(x.dtype), torch.randn_like(y).to(x.dtype)
+        first = x.shape[1:] == obs.shape[1:]  # needs no gradient of its input
+        if isinstance(module, torch.nn.Conv2d):
+            forward.append(partial(torch.conv2d, x, weight, None, module.stride))
+            shapes = (None, module.stride, [0, 0], [1, 1], False, [0, 0], 1, [not first, True, False])
+            backward.append(partial(torch.ops.aten.convolution_backward, dy, x, weight, *shapes))
+        else:
+            forward.append(partial(torch.nn.functional.linear, x, weight))
+            backward.append(partial(torch.matmul, dy.T, x))
+            if not first:
+                backward.append(partial(torch.matmul, dy, weight))
+
+    kinds = torch.nn.Linear | torch.nn.Conv2d
+    hooks = [module.register_forward_hook(note) for module in agent.modules() if isinstance(module, kinds)]
+    with torch.no_grad():
+        agent.get_action_and_value(agent.normalize(obs))
+    for hook in hooks:
+        hook.remove()
+    return forward, backward
+
+
+def measure_limit(script, args, job):
+    """Environments alone, and products and convolutions alone, each as often as an iteration needs them.
+    The program `environments` is the first of these."""
+    torch, envs = script.torch, script.make_envs(args, args.num_envs)
+    bare = envs.unwrapped  # without our statistics of rewards
+    obs = torch.tensor(bare.reset(seed=1)[0])
+    bare.action_space.seed(1)
+    actions = [bare.action_space.sample() for _ in range(args.num_steps)]
+    agent = script.Agent(envs.single_observation_space, envs.single_action_space, args)
+    size = args.num_steps * args.num_envs // args.num_minibatches
+    act, _ = products(torch, agent, obs)
+    forward, backward = products(torch, agent, obs[torch.arange(size) % len(obs)])
+    update = (forward + backward) * (args.update_epochs * args.num_minibatches)
+    if job["program"] == "environments":
+        act = update = []
+    clock = Clock(job, args)
+    clock.watch(bare)
+    while True:
+        for action in actions:
+            bare.step(action)
+            for product in act:
+                product()
+        clock.rollout_ended()
+        for product in update:
+            product()
+        clock.iteration_ended()
+
+
+def main(job):
+    if job["program"].startswith("sb3"):
+        measure_sb3(types.SimpleNamespace(**job["flags"]), job)
+        return
+    sys.path.insert(0, job["folder"])
+    script = importlib.import_module(job["script"])
+    args = script.Args(**job["flags"])
+    script.torch.set_num_threads(args.num_threads or script.torch.get_num_threads())
+    alone = job["program"] in ("limit", "bf16 limit", "environments")
+    measure = measure_limit if alone else measure_script
+    measure(script, args, job)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
