@@ -23,17 +23,18 @@ import torch
 import tyro
 from speed import ROOT, take_turns
 
-CUDA = torch.cuda.is_available()
-DEVICES = ("cpu", "cuda") if CUDA else ("cpu",)
-ATARI = {"device": DEVICES[-1], "cuda_graphs": CUDA}
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+MACHINE = {"device": torch.cuda.get_device_name() if len(DEVICES) > 1 else "cpu", "torch": torch.__version__}
+ATARI = {"device": DEVICES[-1], "cuda_graphs": len(DEVICES) > 1}
+SMALL = {"num_envs": 2, "num_steps": 8, "total_timesteps": 48}
 
 
-def iterations_of(flags, enough, mode=""):
-    """ppo_atari.py until enough(rows). A row per iteration: step, seconds since the start, charts, losses."""
+def train(flags, enough, mode=""):
+    """ppo_atari.py until enough(rows). A row per iteration: step, minutes, charts, losses."""
     rows, start, module = [], time.time(), importlib.import_module("ppo_atari")
 
     def write_log(writer, bar, charts, losses, global_step):
-        rows.append({"step": global_step, "seconds": time.time() - start, **charts, **losses})
+        rows.append({"step": global_step, "minutes": (time.time() - start) / 60, **charts, **losses})
 
     module.write_log = write_log
     if mode:  # in place of captured(function, agent)
@@ -47,35 +48,26 @@ def iterations_of(flags, enough, mode=""):
 
 def pong(small, born, seed):
     flags = {"env_id": "PongNoFrameskip-v4", "num_envs": 64, "learning_rate": 3e-4, "clip_coef": 0.2}
-    flags |= {"total_timesteps": 2_000_000, "precision": "bf16" if CUDA else "fp32", "seed": seed}
-    flags |= {"num_envs": 4, "num_steps": 32, "total_timesteps": 512} if small else {}
+    flags |= {"total_timesteps": 2_000_000, "seed": seed} | (SMALL if small else {"precision": "bf16"})
 
     def enough(rows):
         return time.time() - born > 170 or any(x.get("episodic_return", -21) >= 18 for x in rows[-1:])
 
-    last = iterations_of(flags, enough)[-1]
-    yield last | {"minutes": (time.time() - born) / 60}
+    yield train(flags, enough)[-1] | {"minutes": (time.time() - born) / 60}
 
 
 def switch(small, born, mode):
-    flags = {"num_steps": 8, "num_envs": 2, "total_timesteps": 48} if small else {"num_envs": 64}
-    flags |= {"max_episode_steps": 200}
-    rows = iterations_of(flags, lambda rows: len(rows) == 12 or time.time() - born > 70, mode)
-    seconds = (rows[-1]["seconds"] - rows[1]["seconds"]) / max(len(rows) - 2, 1)
-    yield {
-        "first_iteration_s": rows[0]["seconds"],
-        "seconds_per_iteration": seconds,
-        "losses": [row["pg_loss"] for row in rows[:3]],
-        "memory_mb": torch.cuda.max_memory_allocated() / 2**20,
-    }
+    """The first three iterations show the losses of both, the last one the time."""
+    flags = {"num_envs": 64, "max_episode_steps": 200} | (SMALL if small else {})
+    rows = train(flags, lambda rows: len(rows) == 12 or time.time() - born > 70, mode)
+    yield from (rows[i] for i in (0, 1, 2, -1))
 
 
 def step(small, born):
-    for num_envs in (2,) if small else (8, 64):
-        flags = ATARI | {"num_envs": num_envs, "iterations": 2} | ({"num_steps": 8} if small else {})
+    for num_envs in (8, 64):
+        flags = ATARI | {"num_envs": num_envs, "iterations": 2} | (SMALL if small else {})
         programs = {"script": flags, "environments": flags}
-        rows = take_turns(f"breakout {num_envs}", "ppo_atari", programs, 1 if small else 3)
-        yield from rows.to_dict("records")
+        yield from take_turns(f"breakout {num_envs}", "ppo_atari", programs, 3).to_dict("records")
 
 
 def networks(small, born):
@@ -96,7 +88,6 @@ def networks(small, born):
 def tests(small, born):
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    print(done.stdout[-2000:])
     yield {"last": done.stdout.splitlines()[-1]}
 
 
@@ -108,9 +99,8 @@ JOBS += [(step, 60, {}), (networks, 90, {}), (tests, 90, {})]
 
 def work(part, settings, small, born, out):
     sys.path.append(str(ROOT))  # for the scripts
-    machine = {"device": torch.cuda.get_device_name() if CUDA else "cpu", "torch": torch.__version__}
     for row in part(small, born, **settings):
-        line = json.dumps({"part": part.__name__} | settings | row | machine)
+        line = json.dumps({"part": part.__name__} | settings | row | MACHINE)
         print(line, flush=True)
         with open(out, "a") as file:
             print(line, file=file)

@@ -3,12 +3,8 @@
     pip install -r benchmark/requirements.txt
     python benchmark/plots.py
 
-    curves.png     the README's: some tasks of each script
-    classic.png, mujoco-v5.png, ...   the recipes of a group, with published returns as dashed lines
-    ablation.png   what each detail is worth: scores of ablation.py, 1 is the script as it is
-    precision.png  Breakout with the CNN in fp32 and in bf16
-
-Lines are means over the seeds, bands reach from the lowest to the highest seed.
+curves.png has some tasks of each script, classic.png and so on the recipes of a group. Lines are means over the
+seeds, bands reach from the lowest to the highest seed.
 """
 
 from pathlib import Path
@@ -24,19 +20,7 @@ HERE = Path(__file__).resolve().parent
 IMAGES = HERE.parent / "docs" / "images"
 RECIPES = read_recipes()
 CURVES = pd.read_csv(HERE / "curves.csv")
-MAIN_RECIPES = {  # of curves.png, with their titles
-    "cartpole": "CartPole-v1",
-    "mountaincar": "MountainCar-v0",
-    "lunarlander": "LunarLander-v3",
-    "halfcheetah": "HalfCheetah-v5",
-    "walker2d": "Walker2d-v5",
-    "breakout-fp32": "Breakout, 4 frames a step",
-}
-SCRIPTS = {
-    "ablation-classic": "ppo_discrete.py",
-    "ablation-mujoco": "ppo_continuous.py",
-    "ablation-atari": "ppo_atari.py",
-}
+MAIN_RECIPES = ("cartpole", "mountaincar", "lunarlander", "halfcheetah", "walker2d", "breakout-fp32")
 DARK, LIGHT = "#08306b", "#e6550d"  # a dark blue and an orange that is much lighter in print
 STYLE = {"axes.labelsize": 12, "xtick.labelsize": 11, "ytick.labelsize": 11, "legend.fontsize": 11}
 STYLE |= {"figure.labelsize": 12, "axes.titlesize": 12, "savefig.dpi": 150}
@@ -106,23 +90,23 @@ def draw_precision():
 
 def draw_ablation():
     """A panel per script: the score of each variant with its interval, a small point per run."""
-    rows = scores_of_runs()
-    summary = summarise(rows)
-    figure, axes = plt.subplots(1, len(SCRIPTS), figsize=(3.8 * len(SCRIPTS), 4.8))
-    for axis, (group, script) in zip(axes, SCRIPTS.items(), strict=True):
-        mine = summary[summary["group"] == group].iloc[::-1]  # as in recipes.toml, from the top
+    scores = scores_of_runs()
+    summary = summarise(scores).iloc[::-1]  # as in recipes.toml, from the top
+    groups = scores.assign(variant=scores["variant"].str.replace("-", " ")).groupby("script", sort=False)
+    figure, axes = plt.subplots(1, len(groups), figsize=(3.8 * len(groups), 4.8))
+    for axis, (script, runs) in zip(axes, groups, strict=True):
+        mine = summary[summary["group"] == runs["group"].iloc[0]]
         names = mine["variant"].str.replace("-", " ")
         axis.hlines(names, mine["low"], mine["high"], color=DARK, lw=2)
-        runs = rows[rows["group"] == group].groupby("env_id", sort=False)
-        for (task, of_task), marker in zip(runs, "ox", strict=False):
-            variants, label = of_task["variant"].str.replace("-", " "), task.replace("NoFrameskip", "")
-            axis.plot(of_task["score"], variants, marker, color=LIGHT, ms=5, mew=1.5, label=label)
+        for (task, x), marker in zip(runs.groupby("env_id", sort=False), "ox", strict=False):
+            label = task.replace("NoFrameskip", "")
+            axis.plot(x["score"], x["variant"], marker, color=LIGHT, ms=5, mew=1.5, label=label)
         place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 2, "columnspacing": 1}
         axis.legend(title="a run of", fontsize=10, title_fontsize=10, handletextpad=0, **place)
         axis.plot(mine["score"], names, "D", color=DARK, ms=6, zorder=3)
         axis.axvline(1, color="black", ls="--", lw=1.2)
         axis.grid(axis="x", color="0.9")
-        axis.set_title(script, pad=40)
+        axis.set_title(f"{script}.py", pad=40)
         axis.set_xlabel("score")
     handles = [
         plt.Line2D([], [], color=DARK, marker="D", lw=2, label="mean score, 95 % interval"),
@@ -134,7 +118,7 @@ def draw_ablation():
 
 def main():
     plt.rcParams.update(STYLE)
-    draw_panels(MAIN_RECIPES, "curves")
+    draw_panels({recipe: RECIPES[recipe]["env_id"] for recipe in MAIN_RECIPES}, "curves")
     for group in DRAWN:
         titles = {name: x["env_id"] for name, x in RECIPES.items() if x["group"] == group}
         if len(set(titles.values())) < len(titles):  # two recipes of one task

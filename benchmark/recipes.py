@@ -3,6 +3,7 @@
 import importlib
 import math
 import platform
+import re
 import tempfile
 import tomllib
 from pathlib import Path
@@ -39,11 +40,9 @@ def read_numerics():
 
 def processor():
     """Its name, for instance `AMD EPYC`."""
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.processor()
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)", info.read_text(), re.M) if info.exists() else []
+    return names[0] if names else platform.processor()
 
 
 def losses_of(script):
@@ -53,14 +52,8 @@ def losses_of(script):
     module = importlib.import_module(script)
     torch.set_num_threads(1)  # more of them round otherwise
     with tempfile.TemporaryDirectory() as folder:
-        small = {
-            "num_envs": 2,
-            "num_steps": 64,
-            "num_minibatches": 2,
-            "update_epochs": 2,
-            "total_timesteps": 256,
-            "max_episode_steps": 20,  # so that the ends of episodes are in it, and the value at time limits
-        }
+        small = {"num_envs": 2, "num_steps": 64, "num_minibatches": 2, "update_epochs": 2}
+        small |= {"total_timesteps": 256, "max_episode_steps": 20}  # so that episodes end, at time limits too
         if script == "ppo_discrete":  # what its recipes say with flags is not part of the fingerprint
             small |= {"learning_rate": 2.5e-4, "norm_obs": False, "norm_reward": False, "clip_vloss": True}
         module.train(module.Args(run_dir=folder, device="cpu", **small))

@@ -2,12 +2,10 @@
 
 It fills
 - the cells of tables whose first column is `recipe`, from results.csv;
-- tables marked <!-- recipes: group -->, from recipes.toml and results.csv;
-- tables marked <!-- ablation: group -->, from ablation.csv and results.csv;
-- the tables marked <!-- speed -->, <!-- speed on a GPU -->, <!-- threads --> and <!-- growth -->, from
-  speed.csv;
-- of tables whose first column is `tag`, the column `where` from the scripts themselves, and `without it` from
-  ablation.csv.
+- tables marked <!-- recipes: group -->, from results.csv and recipes.toml;
+- tables marked <!-- ablation: group -->, from results.csv and ablation.csv;
+- the other tables of TABLES, marked by their names, from speed.csv;
+- of tables whose first column is `tag`, `where` from the scripts themselves, `without it` from ablation.csv.
 All else stays as it is; a second run changes nothing. tests/test_docs.py fails while a page is out of date.
 """
 
@@ -23,11 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("discrete", "continuous", "atari")
 NOT_MEASURED = "not measured"
 TAG = re.compile(r"\[((?:core|cont|atari|ours) \d+)\]")
-ABLATIONS = {
-    "ablation-classic": "classic control",
-    "ablation-mujoco": "MuJoCo",
-    "ablation-atari": "Breakout",
-}
+ABLATIONS = {"classic": "classic control", "mujoco": "MuJoCo", "atari": "Breakout"}
 SPEEDS = {  # columns of speed.csv: those of a table, with their form
     "sps": ("steps/s", "{:,.0f}"),
     "ratio": ("x", "{:.2f}"),
@@ -152,7 +146,9 @@ def without(tag):
     """`0.71 (0.60 to 0.82) MuJoCo`: the scores of the scripts without a detail."""
     recipes = [(name, x["group"]) for name, x in read_recipes().items() if x.get("without") == tag]
     variants = dict.fromkeys((group, name.split("-", 2)[2]) for name, group in recipes)
-    return ", ".join(f"{scores()[x]} {ABLATIONS[x[0]]}" for x in variants if x in scores())
+    return ", ".join(
+        f"{scores()[x]} {ABLATIONS[x[0].removeprefix('ablation-')]}" for x in variants if x in scores()
+    )
 
 
 def speeds(kind=""):
