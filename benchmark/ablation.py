@@ -28,10 +28,8 @@ HERE = Path(__file__).resolve().parent
 
 def ablations():
     """A row per recipe of an ablation, in the order of recipes.toml."""
-    entries = [
-        {"recipe": name} | x for name, x in read_recipes().items() if x["group"].startswith("ablation")
-    ]
-    frame = pd.DataFrame(entries)[["recipe", "group", "script", "env_id"]]
+    frame = pd.DataFrame.from_dict(read_recipes(), orient="index").reset_index(names="recipe")
+    frame = frame.loc[frame["group"].str.startswith("ablation"), ["recipe", "group", "script", "env_id"]]
     return frame.assign(variant=frame["recipe"].str.split("-", n=2).str[2])  # ablation-<task>-<variant>
 
 
@@ -76,22 +74,16 @@ def summarise(rows):
     """A row per group and variant that was run on all tasks of the group, with two seeds or more on each."""
     summary = []
     for group, of_group in rows.groupby("group", sort=False):
-        runs = (
-            of_group.groupby(["variant", "env_id"], sort=False)["score"].apply(np.array).unstack(sort=False)
-        )
-        seeds = runs.map(np.size, na_action="ignore").fillna(0).astype(int)
+        runs = of_group.groupby(["variant", "env_id"], sort=False)["score"]
+        seeds, runs = runs.size().unstack(fill_value=0, sort=False), runs.apply(np.array).unstack(sort=False)
         runs, seeds = runs[seeds.min(axis=1) > 1], seeds[seeds.min(axis=1) > 1]
         ones = runs.loc["as-it-is"]
         for variant, samples in runs.iterrows():
             counts = seeds.min() if variant == "as-it-is" else seeds.loc[variant]
             low, high = interval(samples, ones, counts, 0.95)
-            row = {
-                "group": group,
-                "variant": variant,
-                "tasks": len(samples),
-                "runs": seeds.loc[variant].sum(),
-            }
-            row |= {"score": np.mean([x.mean() for x in samples]), "low": low, "high": high}
+            row = {"group": group, "variant": variant, "tasks": len(samples)}
+            row |= {"runs": seeds.loc[variant].sum(), "score": np.mean([x.mean() for x in samples])}
+            row |= {"low": low, "high": high}
             low, high = interval(samples, ones, counts, 1 - 0.05 / max(len(runs) - 1, 1))
             summary.append(row | {"clear": "no" if low <= 1 <= high else "yes"})
     return pd.DataFrame(summary).round(3)

@@ -17,6 +17,19 @@ from pathlib import Path
 WARMUP = 2  # iterations before the first turn
 
 
+def around(holder, name, before=int, after=int):
+    """Call before and after, which do nothing by default, around each call of holder.name."""
+    function = getattr(holder, name)
+
+    def wrapped(*args):
+        before()
+        result = function(*args)
+        after()
+        return result
+
+    setattr(holder, name, wrapped)
+
+
 class Clock:
     """Counts the time of a turn's iterations, tells it to the parent, and waits to be asked for the next."""
 
@@ -31,16 +44,14 @@ class Clock:
 
     def watch(self, envs, method="step"):
         """Count the time in a method of envs."""
-        step = getattr(envs, method)
-
-        def timed(*args):
-            start = time.perf_counter()
-            result = step(*args)
-            self.in_envs += time.perf_counter() - start
-            return result
-
-        setattr(envs, method, timed)
+        around(envs, method, self.env_step_began, self.env_step_ended)
         return envs
+
+    def env_step_began(self):
+        self.env_step_start = time.perf_counter()
+
+    def env_step_ended(self):
+        self.in_envs += time.perf_counter() - self.env_step_start
 
     def rollout_ended(self):
         self.in_rollout += time.perf_counter() - self.began
@@ -82,20 +93,10 @@ def peak_mb():
 
 def measure_script(script, args, job):
     """train() as it is; the clock sees where advantages begin and when an iteration is logged."""
-    clock = Clock(job, args)
-    make_envs, compute_gae, write_log = script.make_envs, script.compute_gae, script.write_log
-
-    def timed_gae(*args):
-        clock.rollout_ended()
-        return compute_gae(*args)
-
-    def timed_log(*args):
-        result = write_log(*args)
-        clock.iteration_ended()
-        return result
-
+    clock, make_envs = Clock(job, args), script.make_envs
     script.make_envs = lambda *args: clock.watch(make_envs(*args))
-    script.compute_gae, script.write_log = timed_gae, timed_log
+    around(script, "compute_gae", before=clock.rollout_ended)
+    around(script, "write_log", after=clock.iteration_ended)
     script.train(args)
 
 
@@ -119,10 +120,8 @@ def measure_sb3(args, job):
         policy, kwargs = "CnnPolicy", {}
     else:
         envs = vec_env.DummyVecEnv([lambda: env_util.Monitor(gymnasium.make(args.env_id))] * args.num_envs)
-        policy = "MlpPolicy"
-        kwargs = {"net_arch": list(args.hidden_sizes), "activation_fn": torch.nn.Tanh}
-        if hasattr(args, "init_log_std"):
-            kwargs["log_std_init"] = args.init_log_std
+        policy, kwargs = "MlpPolicy", {"net_arch": args.hidden_sizes, "activation_fn": torch.nn.Tanh}
+        kwargs["log_std_init"] = getattr(args, "init_log_std", 0.0)  # of continuous actions
         if args.norm_obs:
             envs = vec_env.VecNormalize(envs, gamma=args.gamma)
 
@@ -154,9 +153,10 @@ def measure_sb3(args, job):
     model.learn(args.total_timesteps, Watch())
 
 
-def products(torch, agent, obs):
+def products(script, envs, args, obs):
     """The matrix products and convolutions of a forward pass, and those of a backward pass, as functions."""
-    forward, backward = [], []
+    torch, forward, backward = script.torch, [], []
+    agent = script.Agent(envs.single_observation_space, envs.single_action_space, args)
 
     def note(module, inputs, y):
         (x,) = inputs
@@ -173,11 +173,11 @@ def products(torch, agent, obs):
                 backward.append(partial(torch.matmul, dy, weight))
 
     kinds = torch.nn.Linear | torch.nn.Conv2d
-    hooks = [module.register_forward_hook(note) for module in agent.modules() if isinstance(module, kinds)]
+    for module in agent.modules():
+        if isinstance(module, kinds):
+            module.register_forward_hook(note)
     with torch.no_grad():
         agent.get_action_and_value(agent.normalize(obs))
-    for hook in hooks:
-        hook.remove()
     return forward, backward
 
 
@@ -189,10 +189,9 @@ def measure_limit(script, args, job):
     obs = torch.tensor(bare.reset(seed=1)[0])
     bare.action_space.seed(1)
     actions = [bare.action_space.sample() for _ in range(args.num_steps)]
-    agent = script.Agent(envs.single_observation_space, envs.single_action_space, args)
     size = args.num_steps * args.num_envs // args.num_minibatches
-    act, _ = products(torch, agent, obs)
-    forward, backward = products(torch, agent, obs[torch.arange(size) % len(obs)])
+    act, _ = products(script, envs, args, obs)
+    forward, backward = products(script, envs, args, obs[torch.arange(size) % len(obs)])
     update = (forward + backward) * (args.update_epochs * args.num_minibatches)
     if job["program"] == "environments":
         act = update = []

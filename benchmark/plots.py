@@ -3,8 +3,8 @@
     pip install -r benchmark/requirements.txt
     python benchmark/plots.py
 
-curves.png has some tasks of each script, classic.png and so on the recipes of a group. Lines are means over the
-seeds, bands reach from the lowest to the highest seed.
+curves.png has some tasks of each script, classic.png and its like the recipes of a group. Lines are means
+over the seeds, bands reach from the lowest to the highest seed.
 """
 
 from pathlib import Path
@@ -24,20 +24,17 @@ MAIN_RECIPES = ("cartpole", "mountaincar", "lunarlander", "halfcheetah", "walker
 DARK, LIGHT = "#08306b", "#e6550d"  # a dark blue and an orange that is much lighter in print
 STYLE = {"axes.labelsize": 12, "xtick.labelsize": 11, "ytick.labelsize": 11, "legend.fontsize": 11}
 STYLE |= {"figure.labelsize": 12, "axes.titlesize": 12, "savefig.dpi": 150}
-STYLE |= {
-    "figure.constrained_layout.use": True,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+STYLE |= {"figure.constrained_layout.use": True}
 
 
-def draw_seeds(axis, recipe, **style):
-    """Mean of the seeds as a line, lowest to highest as a band."""
+def draw_seeds(axis, recipe, color, band="", **style):
+    """Mean of the seeds as a line, lowest to highest as a band, whose name in the legend is band."""
     wide = CURVES[CURVES["recipe"] == recipe].pivot(index="step", columns="seed", values="return")
     wide = wide.interpolate(method="index", limit_area="inside").dropna()  # each run logs at steps of its own
-    axis.plot(wide.index, wide.mean(axis=1), lw=2, **style)
-    axis.fill_between(wide.index, wide.min(axis=1), wide.max(axis=1), color=style["color"], alpha=0.2, lw=0)
+    axis.plot(wide.index, wide.mean(axis=1), color=color, lw=2, **style)
+    lowest, highest = wide.min(axis=1), wide.max(axis=1)
+    axis.fill_between(wide.index, lowest, highest, color=color, alpha=0.2, lw=0, label=band)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500k, 1M
     axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -48,7 +45,7 @@ def draw_published(axis, recipe):
     """Dashed lines with their names above them at the left, where curves are still low, and a white rim."""
     rim = [patheffects.withStroke(linewidth=3, foreground="white")]
     for name, value in RECIPES[recipe].get("lines", []):
-        axis.axhline(value, color="black", ls="--", lw=1.2)
+        axis.axhline(value, color="black", ls="--", lw=1.2, label="published PPO")
         place = {"xytext": (0, 2), "textcoords": "offset points", "ha": "left", "va": "bottom"}
         place |= {"xycoords": ("axes fraction", "data"), "path_effects": rim, "zorder": 1.9}
         axis.annotate(name, (0.02, value), fontsize=11, **place)
@@ -60,7 +57,7 @@ def draw_panels(titles, name):
     rows = -(-len(titles) // 3)
     figure, axes = plt.subplots(rows, 3, figsize=(10.2, max(2.9 * rows, 3.4)), squeeze=False)
     for axis, (recipe, title) in zip(axes.flat, titles.items(), strict=False):
-        draw_seeds(axis, recipe, color=DARK)
+        draw_seeds(axis, recipe, DARK, "lowest to highest seed", label="mean of the seeds")
         draw_published(axis, recipe)
         axis.set_title(title)
     for axis in axes.flat[len(titles) :]:
@@ -68,20 +65,15 @@ def draw_panels(titles, name):
     for axis in axes[-1]:
         axis.set_xlabel("environment steps")
     figure.supylabel("return of the last 100 episodes")
-    handles = [
-        plt.Line2D([], [], color=DARK, lw=2, label="mean of the seeds"),
-        plt.Rectangle((0, 0), 1, 1, color=DARK, alpha=0.2, lw=0, label="lowest to highest seed"),
-    ]
-    if any(RECIPES[recipe].get("lines") for recipe in titles):
-        handles.append(plt.Line2D([], [], color="black", ls="--", lw=1.2, label="published PPO"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    drawn = {x.get_label(): x for axis in axes.flat for x in axis.get_legend_handles_labels()[0]}
+    figure.legend(handles=drawn.values(), loc="outside lower center", ncols=3)
     figure.savefig(IMAGES / f"{name}.png")
 
 
 def draw_precision():
     figure, axis = plt.subplots(figsize=(6.5, 4))
-    draw_seeds(axis, "breakout-fp32", color=DARK, label="fp32, the default")
-    draw_seeds(axis, "breakout", color=LIGHT, ls="--", label="bf16")
+    draw_seeds(axis, "breakout-fp32", DARK, label="fp32, the default")
+    draw_seeds(axis, "breakout", LIGHT, ls="--", label="bf16")
     axis.set_title("BreakoutNoFrameskip-v4, three seeds each")
     axis.set(xlabel="environment steps", ylabel="return, mean of the last 100 games")
     axis.legend(loc="upper left", handlelength=3)
@@ -96,23 +88,20 @@ def draw_ablation():
     figure, axes = plt.subplots(1, len(groups), figsize=(3.8 * len(groups), 4.8))
     for axis, (script, runs) in zip(axes, groups, strict=True):
         mine = summary[summary["group"] == runs["group"].iloc[0]]
-        names = mine["variant"].str.replace("-", " ")
-        axis.hlines(names, mine["low"], mine["high"], color=DARK, lw=2)
+        ends = [mine["score"] - mine["low"], mine["high"] - mine["score"]]
+        names, style = mine["variant"].str.replace("-", " "), {"color": DARK, "lw": 2, "ms": 6, "zorder": 3}
+        means = axis.errorbar(mine["score"], names, xerr=ends, fmt="D", **style)
         for (task, x), marker in zip(runs.groupby("env_id", sort=False), "ox", strict=False):
             label = task.replace("NoFrameskip", "")
             axis.plot(x["score"], x["variant"], marker, color=LIGHT, ms=5, mew=1.5, label=label)
         place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 2, "columnspacing": 1}
         axis.legend(title="a run of", fontsize=10, title_fontsize=10, handletextpad=0, **place)
-        axis.plot(mine["score"], names, "D", color=DARK, ms=6, zorder=3)
-        axis.axvline(1, color="black", ls="--", lw=1.2)
+        one = axis.axvline(1, color="black", ls="--", lw=1.2)
         axis.grid(axis="x", color="0.9")
         axis.set_title(f"{script}.py", pad=40)
         axis.set_xlabel("score")
-    handles = [
-        plt.Line2D([], [], color=DARK, marker="D", lw=2, label="mean score, 95 % interval"),
-        plt.Line2D([], [], color="black", ls="--", lw=1.2, label="the script as it is: left of it is worse"),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    names = ["mean score, 95 % interval", "the script as it is: left of it is worse"]
+    figure.legend([means, one], names, loc="outside lower center", ncols=2)
     figure.savefig(IMAGES / "ablation.png")
 
 

@@ -8,7 +8,7 @@
 Each program is a process of its own (measured.py), with its own start and peak of memory, on the CPU but for
 the tasks called gpu. After two iterations they take turns of some seconds, one at a time, so that whatever
 else the machine does hits all of them. A program takes as many threads as it does by itself, if its flags do
-not say otherwise. docs/speed.md explains the programs and the parts of an iteration.
+not say otherwise. speed.toml lists tasks and programs, docs/speed.md explains them.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -34,38 +35,16 @@ from update_docs import speed_table
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 
-# {program: its flags}. All but sb3, limit and environments are the script with these flags. Two are not the
-# script's: the iterations of a turn, and copies that run at once.
-BF16, ONE_THREAD = {"precision": "bf16"}, {"num_threads": 1}
-SB3 = {"sb3": {}, "sb3 1 thread": ONE_THREAD}
-VECTORS = {"eager": {}, "compile": {"compile": True}} | SB3 | {"limit": {}}
-ATARI = {"eager": {}} | SB3 | {"sb3 subproc": {}, "limit": {}, "bf16": BF16, "bf16 limit": BF16}
-GRAPHS = {"graphs": {"cuda_graphs": True}, "graphs bf16": {"cuda_graphs": True} | BF16}
-GPU = {"eager": {}} | GRAPHS | {"environments": {}}
-THREADS = {
-    "one thread": ONE_THREAD,
-    "two threads": {"num_threads": 2},
-    "two runs": ONE_THREAD | {"copies": 2},
-}
-GROWTH = {str(n): {"num_envs": n, "iterations": max(1, 32 // n)} for n in (1, 2, 4, 8, 16, 32, 64, 128, 256)}
-# {task: (script, programs, flags of all of them)}; what is not said is a default. cartpole is CleanRL's
-CARTPOLE = {"iterations": 20, "num_envs": 4, "num_steps": 128, "num_minibatches": 4, "update_epochs": 4}
-CARTPOLE |= {"learning_rate": 2.5e-4, "norm_obs": False, "norm_reward": False, "clip_vloss": True}
-TASKS = {
-    "cartpole": ("ppo_discrete", VECTORS, CARTPOLE),
-    "halfcheetah": ("ppo_continuous", VECTORS, {"iterations": 2}),
-    "breakout": ("ppo_atari", ATARI, {"iterations": 1}),
-    "threads cartpole": ("ppo_discrete", THREADS, CARTPOLE),
-    "threads halfcheetah": ("ppo_continuous", THREADS, {"iterations": 2}),
-    "threads breakout": ("ppo_atari", THREADS, {"iterations": 1} | BF16),
-    # few steps per environment: 256 environments with a whole rollout each would fill minutes
-    "growth cartpole": ("ppo_discrete", GROWTH, CARTPOLE),
-    "growth halfcheetah": ("ppo_continuous", GROWTH, {"num_steps": 128}),
-    "growth breakout": ("ppo_atari", GROWTH, {"num_steps": 32} | BF16),
-    "gpu breakout": ("ppo_atari", GPU | {"sb3": {}}, {"device": "cuda", "iterations": 4}),
-    # without SB3, whose turns would take minutes
-    "gpu breakout 64": ("ppo_atari", GPU, {"device": "cuda", "iterations": 2, "num_envs": 64}),
-}
+
+def read_tasks():
+    """{task: (script, {program: its flags, with those of the task})}."""
+    known, tasks = tomllib.loads((HERE / "speed.toml").read_text()), {}
+    for name, entry in known["tasks"].items():
+        like = known["tasks"].get(entry.get("like"), entry)
+        flags = like["flags"] | entry.get("flags", {})
+        programs = {x: flags | own for x, own in known["programs"][entry["programs"]].items()}
+        tasks[name] = (like["script"], programs)
+    return tasks
 
 
 def start(script, program, settings, run_dir):
@@ -140,7 +119,7 @@ def save(rows):
     old = pd.read_csv(path, dtype=str, keep_default_na=False)
     new = rows.assign(**made_with()).astype(str)
     rows = pd.concat([old[~old["task"].isin(new["task"])], new]).fillna("")
-    rows = rows.sort_values("task", key=lambda x: x.map([*TASKS].index), kind="stable")
+    rows = rows.sort_values("task", key=lambda x: x.map([*read_tasks()].index), kind="stable")
     rows.to_csv(path, index=False, lineterminator="\r\n")
 
 
@@ -155,9 +134,8 @@ def main(tasks: tuple[str, ...] = (), rounds: int = 10, against: Path | None = N
     sys.path.append(str(ROOT))  # for the scripts
     os.environ.pop("OMP_NUM_THREADS", None)  # programs take the threads that they take by themselves
     tables = []
-    for task in tasks or [x for x in TASKS if torch.cuda.is_available() or not x.startswith("gpu")]:
-        script, programs, flags = TASKS[task]
-        programs = {program: flags | programs[program] for program in programs}
+    for task in tasks or [x for x in read_tasks() if torch.cuda.is_available() or not x.startswith("gpu")]:
+        script, programs = read_tasks()[task]
         if not against:
             tables.append(take_turns(task, script, programs, rounds))
             save(tables[-1])
