@@ -1,11 +1,5 @@
 """What only a GPU can tell, in at most twelve minutes on a bare machine: python benchmark/gpu.py
 
-    1. pong       minutes until the last 100 games of Pong have a mean of 18, from the start of the process
-    2. switch     --cuda-graphs against torch.compile(mode="reduce-overhead"): first iteration, time, losses
-    3. step       where the time goes, with 8 and with 64 games: emulators, policy, update
-    4. networks   the scripts for vectors on CPU and GPU: hidden sizes 64 to 1,024, 8 and 512 environments
-    5. tests      python -m pytest -m gpu
-
 Each part is a process of its own with a limit, and appends lines of JSON to --out as it goes, so that an
 early end loses nothing. --small tries all of it on any machine, where the numbers mean nothing.
 """
@@ -34,7 +28,8 @@ def train(flags, enough, mode=""):
     rows, start, module = [], time.time(), importlib.import_module("ppo_atari")
 
     def write_log(writer, bar, charts, losses, global_step):
-        rows.append({"step": global_step, "minutes": (time.time() - start) / 60, **charts, **losses})
+        numbers = {name: float(x) for name, x in (charts | losses).items()}
+        rows.append({"step": global_step, "minutes": (time.time() - start) / 60} | numbers)
 
     module.write_log = write_log
     if mode:  # in place of captured(function, agent)
@@ -47,6 +42,7 @@ def train(flags, enough, mode=""):
 
 
 def pong(small, born, seed):
+    """Minutes until the last 100 games have a mean of 18, from the start of the process."""
     flags = {"env_id": "PongNoFrameskip-v4", "num_envs": 64, "learning_rate": 3e-4, "clip_coef": 0.2}
     flags |= {"total_timesteps": 2_000_000, "seed": seed} | (SMALL if small else {"precision": "bf16"})
 
@@ -57,13 +53,14 @@ def pong(small, born, seed):
 
 
 def switch(small, born, mode):
-    """The first three iterations show the losses of both, the last one the time."""
+    """--cuda-graphs or torch.compile in a mode: losses of the first iterations, time of the last."""
     flags = {"num_envs": 64, "max_episode_steps": 200} | (SMALL if small else {})
     rows = train(flags, lambda rows: len(rows) == 12 or time.time() - born > 70, mode)
-    yield from (rows[i] for i in (0, 1, 2, -1))
+    yield from rows[:3] + rows[-1:]
 
 
 def step(small, born):
+    """Where the time goes, with 8 and with 64 games: emulators, policy, update."""
     for num_envs in (8, 64):
         flags = ATARI | {"num_envs": num_envs, "iterations": 2} | (SMALL if small else {})
         programs = {"script": flags, "environments": flags}
@@ -71,6 +68,7 @@ def step(small, born):
 
 
 def networks(small, born):
+    """The scripts for vectors on CPU and GPU: hidden sizes 64 to 1,024, 8 and 512 environments."""
     tasks = (("ppo_discrete", "CartPole-v1"), ("ppo_continuous", "Pendulum-v1"))
     for (script, env_id), num_envs in itertools.product(tasks, (8,) if small else (8, 512)):
         flags = {
@@ -86,6 +84,7 @@ def networks(small, born):
 
 
 def tests(small, born):
+    """Those that need a GPU."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     yield {"last": done.stdout.splitlines()[-1]}
