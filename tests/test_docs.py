@@ -15,6 +15,7 @@ import pytest
 import torch
 import tyro
 from conftest import NAMES, ROOT, SCRIPTS, scalars
+from test_siblings import TAGS
 
 sys.path.append(str(ROOT / "benchmark"))
 import update_docs
@@ -40,15 +41,6 @@ OTHER_FLAGS = {  # of other programs
     "--master-addr",
     "--master-port",
     "--shutdown-timeout",
-}
-TAGS = {
-    **{f"core {n}": NAMES for n in range(1, 13)},
-    "core 13": NAMES[:2],
-    **{f"cont {n}": ("ppo_continuous",) for n in range(1, 6)},
-    **{f"cont {n}": NAMES[:2] for n in range(6, 10)},
-    **{f"atari {n}": ("ppo_atari",) for n in range(1, 10)},
-    **{f"ours {n}": NAMES for n in range(1, 6)},
-    "ours 6": NAMES[:2],
 }
 TINY = {"num_envs": 2, "num_steps": 16, "num_minibatches": 2, "update_epochs": 1}
 TINY |= {"total_timesteps": 64, "max_episode_steps": 20, "device": "cpu"}
@@ -319,13 +311,6 @@ def details():
     rows = [update_docs.split(line) for line in lines if re.match(r"\| \w+ \d+ \|", line)]
     assert len({row[0] for row in rows}) == len(rows)
     return {row[0]: row[1:] for row in rows}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_detail_is_tagged_once_where_it_applies(name):
-    found = update_docs.tagged(name.removeprefix("ppo_"), SCRIPTS)
-    assert set(found) == {tag for tag, names in TAGS.items() if name in names}
-    assert {tag: places for tag, places in found.items() if len(places) != 1} == {}
 
 
 def test_the_table_of_details_has_every_tag():
