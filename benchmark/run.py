@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import gymnasium
+import numpy as np
 import pandas as pd
 import torch
 import tyro
@@ -159,11 +160,15 @@ def describe(run, run_dir, script):
     module = importlib.import_module(run.script)
     assert Path(module.__file__) == script, f"{module.__file__} is not the script that was run"
     torch.set_num_threads(1)
-    episodes = read_recipes()[run.recipe]["episodes"]
-    seed = 1_000_000 + run.seed
-    with (run_dir / "log.txt").open("a") as log, redirect_stderr(log):  # the progress bars
-        sampled = module.evaluate(run_dir, episodes, deterministic=False, seed=seed)
-        best = module.evaluate(run_dir, episodes, deterministic=True, seed=seed)
+    returns = {}
+    for kind in ("sampled", "deterministic"):
+        path = run_dir / f"{kind}.json"  # hours of long games are not lost when this is interrupted
+        if not path.exists():
+            how = {"num_episodes": read_recipes()[run.recipe]["episodes"], "seed": 1_000_000 + run.seed}
+            with (run_dir / "log.txt").open("a") as log, redirect_stderr(log):  # the progress bars
+                played = module.evaluate(run_dir, deterministic=kind == "deterministic", **how)
+            path.write_text(json.dumps(played.tolist()))
+        returns[kind] = json.loads(path.read_text())
 
     points, seconds = [], 0.0
     for file in sorted(run_dir.glob("events.out.tfevents.*")):  # one per start of the script
@@ -178,9 +183,9 @@ def describe(run, run_dir, script):
     steps = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)["global_step"]
     row = {name: getattr(run, name) for name in ("recipe", "script", "env_id", "flags", "seed")}
     row |= {"steps": steps, "episodic_return": round(points[-1].value, 2) if points else ""}
-    for name, returns in (("eval_sampled", sampled), ("eval_deterministic", best)):
-        row[name] = round(float(returns.mean()), 2)
-        row[f"{name}_std"] = round(float(returns.std(ddof=1)), 2)
+    for kind, played in returns.items():
+        row[f"eval_{kind}"] = round(float(np.mean(played)), 2)
+        row[f"eval_{kind}_std"] = round(float(np.std(played, ddof=1)), 2)
     row |= {"wall_s": round(seconds), "sps": round(steps / seconds)}
     row |= {"commit": (run_dir / "commit").read_text(), "date": datetime.now(UTC).date().isoformat()}
     row |= json.loads((run_dir / "machine.json").read_text())
