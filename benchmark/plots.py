@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 IMAGES = HERE.parent / "docs" / "images"
 RECIPES = read_recipes()
 CURVES = pd.read_csv(HERE / "curves.csv")
-MAIN_RECIPES = ("cartpole", "mountaincar", "lunarlander", "halfcheetah", "walker2d", "breakout-fp32")
+MAIN_RECIPES = ("cartpole", "mountaincar", "lunarlander", "halfcheetah", "walker2d", "breakout-10m")
 DARK, LIGHT = "#08306b", "#e6550d"  # a dark blue and an orange that is much lighter in print
 STYLE = {"axes.labelsize": 12, "xtick.labelsize": 11, "ytick.labelsize": 11, "legend.fontsize": 11}
 STYLE |= {"figure.labelsize": 12, "axes.titlesize": 12, "savefig.dpi": 150}
@@ -53,9 +53,11 @@ def draw_published(axis, recipe):
 
 
 def draw_panels(titles, name):
-    """A panel per recipe of titles, three in a row."""
+    """A panel per recipe of titles, up to three in a row."""
+    columns = min(len(titles), 3)
     rows = -(-len(titles) // 3)
-    figure, axes = plt.subplots(rows, 3, figsize=(10.2, max(2.9 * rows, 3.4)), squeeze=False)
+    size = max(3.4 * columns, 5), max(2.9 * rows, 3.4)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     for axis, (recipe, title) in zip(axes.flat, titles.items(), strict=False):
         draw_seeds(axis, recipe, DARK, "lowest to highest seed", label="mean of the seeds")
         draw_published(axis, recipe)
@@ -66,7 +68,7 @@ def draw_panels(titles, name):
         axis.set_xlabel("environment steps")
     figure.supylabel("return of the last 100 episodes")
     drawn = {x.get_label(): x for axis in axes.flat for x in axis.get_legend_handles_labels()[0]}
-    figure.legend(handles=drawn.values(), loc="outside lower center", ncols=3)
+    figure.legend(handles=drawn.values(), loc="outside lower center", ncols=columns)
     figure.savefig(IMAGES / f"{name}.png")
 
 

@@ -65,6 +65,7 @@ def mean_and_spread(numbers):
 
 def both(numbers):
     """Mean and spread, and below them what they are made of."""
+    numbers = [x for x in numbers if not pd.isna(x)]  # what was not evaluated is empty
     each = f"<br>{', '.join(map(number, numbers))}" if len(numbers) > 1 else ""
     return mean_and_spread(numbers) + each
 
