@@ -242,7 +242,8 @@ def main(
     """
     commit = git("rev-parse", "--short", "HEAD").decode().strip()
     results = pd.read_csv(HERE / "results.csv", dtype=str, keep_default_na=False)
-    done = {(row.recipe, int(row.seed)) for row in results.itertuples() if row.commit}
+    evaluated = results[results["eval_deterministic"] != ""]
+    done = {(row.recipe, int(row.seed)) for row in evaluated.itertuples() if row.commit}
     todo = []
     for name, entry in choose(names, read_recipes()).items():
         for seed in seeds or entry["seeds"]:
