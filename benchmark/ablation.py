@@ -1,4 +1,4 @@
-"""What each detail is worth, from results.csv and the returns of random play: ablation.csv
+"""What each detail is worth, and each candidate for a default: ablation.csv, from results.csv and random play
 
     pip install -r benchmark/requirements.txt
     python benchmark/ablation.py
@@ -27,9 +27,10 @@ HERE = Path(__file__).resolve().parent
 
 
 def ablations():
-    """A row per recipe of an ablation, in the order of recipes.toml."""
+    """A row per recipe of an ablation or a selection, in the order of recipes.toml."""
     frame = pd.DataFrame.from_dict(read_recipes(), orient="index").reset_index(names="recipe")
-    frame = frame.loc[frame["group"].str.startswith("ablation"), ["recipe", "group", "script", "env_id"]]
+    compared = frame["group"].str.match("ablation|selection")
+    frame = frame.loc[compared, ["recipe", "group", "script", "env_id"]]
     return frame.assign(variant=frame["recipe"].str.split("-", n=2).str[2])  # ablation-<task>-<variant>
 
 
@@ -52,8 +53,9 @@ def scores_of_runs():
     """A row per run of an ablation."""
     rows = ablations().merge(pd.read_csv(HERE / "results.csv")[["recipe", "seed", "episodic_return"]])
     zero = rows["env_id"].map(pd.read_csv(HERE / "random_play.csv").set_index("env_id")["return"])
-    as_it_is = rows[rows["variant"] == "as-it-is"].groupby("env_id")["episodic_return"].mean()
-    rows["score"] = (rows["episodic_return"] - zero) / (rows["env_id"].map(as_it_is) - zero)
+    as_it_is = rows["episodic_return"].where(rows["variant"] == "as-it-is")
+    one = as_it_is.groupby([rows["group"], rows["env_id"]]).transform("mean")
+    rows["score"] = (rows["episodic_return"] - zero) / (one - zero)
     return rows.dropna(subset="score")  # nothing to compare with yet
 
 
@@ -77,6 +79,8 @@ def summarise(rows):
         runs = of_group.groupby(["variant", "env_id"], sort=False)["score"]
         seeds, runs = runs.size().unstack(fill_value=0, sort=False), runs.apply(np.array).unstack(sort=False)
         runs, seeds = runs[seeds.min(axis=1) > 1], seeds[seeds.min(axis=1) > 1]
+        if "as-it-is" not in runs.index:
+            continue
         ones = runs.loc["as-it-is"]
         for variant, samples in runs.iterrows():
             counts = seeds.min() if variant == "as-it-is" else seeds.loc[variant]

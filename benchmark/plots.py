@@ -85,6 +85,7 @@ def draw_precision():
 def draw_ablation():
     """A panel per script: the score of each variant with its interval, a small point per run."""
     scores = scores_of_runs()
+    scores = scores[scores["group"].str.startswith("ablation")]
     summary = summarise(scores).iloc[::-1]  # as in recipes.toml, from the top
     groups = scores.assign(variant=scores["variant"].str.replace("-", " ")).groupby("script", sort=False)
     figure, axes = plt.subplots(1, len(groups), figsize=(3.8 * len(groups), 4.8))

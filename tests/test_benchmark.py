@@ -45,7 +45,7 @@ def modules(discrete, continuous, atari):
 def test_every_recipe_is_one_that_the_script_takes(modules, monkeypatch):
     for name, entry in RECIPES.items():
         assert re.fullmatch(r"[a-z0-9-]+", name)
-        chooses = entry["group"] == "selection"  # a default: by seeds that no table has
+        chooses = entry["group"].startswith("selection")  # a default: by seeds that no table has
         assert min(entry["seeds"]) > 100 if chooses else set(entry["seeds"]) >= {1}, name
         module = modules[entry["script"]]
         monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)  # a GPU need not be here
@@ -99,7 +99,8 @@ def test_scores_of_the_ablation_are_what_the_rows_say():
         for name, entry in RECIPES.items():
             if entry["group"] == score["group"] and name.split("-", 2)[2] == score["variant"]:
                 task, zero_of_task = name.split("-")[1], zero[entry["env_id"]]
-                one = statistics.mean(returns[f"ablation-{task}-as-it-is"])
+                kind = score["group"].split("-")[0].replace("selection", "select")
+                one = statistics.mean(returns[f"{kind}-{task}-as-it-is"])
                 means.append((statistics.mean(returns[name]) - zero_of_task) / (one - zero_of_task))
                 runs += len(returns[name])
         assert int(score["runs"]) == runs and int(score["tasks"]) == len(means)
@@ -237,11 +238,11 @@ def test_ratios_of_speeds_are_taken_within_a_round():
 
 def test_a_table_names_the_seeds_that_were_not_run(monkeypatch):
     """In its last row; a recipe without any row is named as a whole."""
-    group, results = update_docs.group_of("layout"), update_docs.rows_of("results")
+    group, results = update_docs.group_of("tutorials"), update_docs.rows_of("results")
     one, other, *rest = group
     kept = results[results["recipe"].isin(rest) | ((results["recipe"] == one) & (results["seed"] == 2))]
     monkeypatch.setattr(update_docs, "rows_of", lambda name: kept)
-    *_, last = update_docs.recipes_table("layout").splitlines()
+    *_, last = update_docs.recipes_table("tutorials").splitlines()
     missing = ", ".join(str(seed) for seed in group[one]["seeds"] if seed != 2)
     assert f"{missing} of `{one}`" in last and f"all of `{other}`" in last
 
