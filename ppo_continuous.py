@@ -57,6 +57,7 @@ class Args:
     update_epochs: int = 10  # passes over the batch per iteration
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # of GAE; 1: rewards-to-go minus V, 0: TD error
+    recompute_advantages: bool = True  # and returns, with the present V, before each epoch
     norm_adv: bool = True  # normalise advantages in each minibatch
     clip_coef: float = 0.2  # epsilon of the clipped objective and values
     clip_vloss: bool = True  # clip the value loss too; not in the paper
@@ -337,7 +338,15 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
             batch = {name: x.flatten(0, 1) for name, x in batch.items()}  # (B, ...)
             step_stats = []  # of each optimiser step
             kl_exceeded = False
-            for _ in range(args.update_epochs):
+            for epoch in range(args.update_epochs):
+                if args.recompute_advantages and epoch > 0:  # [ours 7] by now V has learned
+                    with torch.no_grad():
+                        new_values = agent.get_value(obs)  # (T, N)
+                        next_value = agent.get_value(agent.normalize(as_tensor(next_obs)))
+                    rollout = as_tensor(rewards), new_values, as_tensor(dones), next_value
+                    new_advantages, new_returns = compute_gae(*rollout, args.gamma, args.gae_lambda)
+                    new = {"values": new_values, "advantages": new_advantages, "returns": new_returns}
+                    batch |= {name: x.flatten() for name, x in new.items()}
                 for mb_inds in torch.randperm(B, device=device).split(M):  # (M,)
                     optimizer.zero_grad()
                     stats = compute_gradients(agent, batch, mb_inds, args, kl_coef)

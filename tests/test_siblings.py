@@ -188,6 +188,7 @@ TAGS = {
     **{f"atari {n}": ("ppo_atari",) for n in range(1, 10)},
     **{f"ours {n}": NAMES for n in range(1, 6)},
     "ours 6": MLP,  # statistics of observations
+    "ours 7": MLP,  # advantages computed anew
 }
 
 

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,6 +52,7 @@ def test_b17_minibatches_of_one_row_need_advantages_that_are_not_normalised(scri
 
 
 def test_b18_epochs_reuse_the_same_targets(script, train, watch):
+    """Unless a flag asks for new ones, which is the next test."""
     seen = watch(script)
     train(script, "Ids", update_epochs=3, learning_rate=0.01)
     epochs = []
@@ -61,6 +63,41 @@ def test_b18_epochs_reuse_the_same_targets(script, train, watch):
         epochs.append(sorted(map(tuple, rows.tolist())))
     assert len(epochs) == 3
     assert epochs[0] == epochs[1] == epochs[2]
+
+
+def test_later_epochs_learn_from_what_the_present_critic_says(mlp_script, train, watch):
+    """Values, advantages and returns of each row are those of the weights with which its epoch begins. Rewards,
+    with the bootstrap of a time limit in them, and ends stay those of the rollout."""
+    seen = watch(mlp_script)
+    flags = {"update_epochs": 3, "learning_rate": 0.01, "recompute_advantages": True}
+    agent = train(mlp_script, "CountMixed", **flags)["agent"]
+    story = [0, 1, 1000, 1001, 1002, 2000, 2001, 3000, 3001]  # cut, terminated, cut, goes on
+    obs = torch.tensor(
+        [[[count, tag] for tag in (1, 2)] for count in story], dtype=torch.float32
+    )  # (T + 1, N, 2)
+    assert len(seen.gae) == 3
+    rollout = seen.gae[0]
+    epochs = [rollout]
+    for last_step in (1, 3):  # of the epoch before
+        for parameter, weights in zip(agent.parameters(), seen.steps[last_step].params, strict=True):
+            parameter.data.copy_(weights)
+        values = agent.get_value(obs).detach()
+        advantages, returns = mlp_script.compute_gae(
+            rollout.rewards, values[:-1], rollout.dones, values[-1], 0.99, 0.95
+        )
+        epochs.append(SimpleNamespace(values=values[:-1], advantages=advantages, returns=returns))
+    for i, (call, received) in enumerate(zip(seen.loss, seen.updated, strict=True)):
+        expected = epochs[i // 2]
+        for row, (count, tag) in enumerate(received.int().tolist()):
+            for name in ("values", "advantages", "returns"):
+                new = getattr(call, name)
+                assert not new.requires_grad
+                where = story.index(count), tag - 1
+                assert new[row].item() == pytest.approx(
+                    getattr(expected, name)[where].item(), rel=1e-5, abs=1e-5
+                )
+    for one, other in zip(epochs, epochs[1:]):
+        assert (one.values - other.values).abs().min() > 1e-3  # else this test could not fail
 
 
 def test_b19_every_epoch_visits_every_row_once_in_a_new_order(script, train, watch):
