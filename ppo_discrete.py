@@ -56,7 +56,7 @@ class Args:
     update_epochs: int = 10  # passes over the batch per iteration
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # of GAE; 1: rewards-to-go minus V, 0: TD error
-    recompute_advantages: bool = True  # and returns, with the present V, before each epoch
+    recompute_advantages: bool = True  # with the present V, in each epoch
     norm_adv: bool = True  # normalise advantages in each minibatch
     clip_coef: float = 0.2  # epsilon of the clipped objective and values
     clip_vloss: bool = False  # clip the value loss too; not in the paper
@@ -336,22 +336,22 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
             # --- 3. advantages; rewards contain values by now, so do not log them ---
             rollout = as_tensor(rewards), values, as_tensor(dones), next_value
             advantages, returns = compute_gae(*rollout, args.gamma, args.gae_lambda)
+            explained_variance = 1 - (returns - values).var() / returns.var()  # 1: V is right, 0: a constant
 
             # --- 4. update: epochs visit the batch in a new order, in minibatches [core 6] ---
-            batch = {"obs": obs, "actions": actions, "logprobs": logprobs, "values": values}
-            batch |= {"advantages": advantages, "returns": returns}
+            batch = {"obs": obs, "actions": actions, "logprobs": logprobs}
             batch = {name: x.flatten(0, 1) for name, x in batch.items()}  # (B, ...)
             step_stats = []  # of each optimiser step
             kl_exceeded = False
             for epoch in range(args.update_epochs):
-                if args.recompute_advantages and epoch > 0:  # [ours 7] by now V has learned
+                if args.recompute_advantages and epoch > 0:  # [ours 7] V has learned since
                     with torch.no_grad():
-                        new_values = agent.get_value(obs)  # (T, N)
+                        values = agent.get_value(obs)  # (T, N)
                         next_value = agent.get_value(agent.normalize(as_tensor(next_obs)))
-                    rollout = as_tensor(rewards), new_values, as_tensor(dones), next_value
-                    new_advantages, new_returns = compute_gae(*rollout, args.gamma, args.gae_lambda)
-                    new = {"values": new_values, "advantages": new_advantages, "returns": new_returns}
-                    batch |= {name: x.flatten() for name, x in new.items()}
+                    rollout = as_tensor(rewards), values, as_tensor(dones), next_value
+                    advantages, returns = compute_gae(*rollout, args.gamma, args.gae_lambda)
+                targets = {"values": values, "advantages": advantages, "returns": returns}
+                batch |= {name: x.flatten() for name, x in targets.items()}
                 for mb_inds in torch.randperm(B, device=device).split(M):  # (M,)
                     optimizer.zero_grad()
                     stats = compute_gradients(agent, batch, mb_inds, args, kl_coef)
@@ -372,8 +372,8 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
             # --- 5. logs, checkpoint: no part of the algorithm; losses are means [ours 4] ---
             losses = {x: torch.stack([stats[x] for stats in step_stats]).mean().item() for x in step_stats[0]}
             check_finite(losses, agent, global_step)  # [ours 5] before it is saved
-            if returns.var() > 0:  # 1: V is right, 0: no better than the mean of the returns
-                losses["explained_variance"] = 1 - (returns - values).var() / returns.var()
+            if explained_variance.isfinite():  # returns differ
+                losses["explained_variance"] = explained_variance
             charts["SPS"] = (global_step - start_step) / (time.time() - start_time)
             if len(envs.return_queue) > 0:  # the last 100 episodes
                 charts["episodic_return"] = float(np.mean(envs.return_queue))
