@@ -56,7 +56,7 @@ class Args:
     update_epochs: int = 10  # passes over the batch per iteration
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # of GAE; 1: rewards-to-go minus V, 0: TD error
-    recompute_advantages: bool = True  # with the present V, in each epoch
+    recompute_advantages: bool = False  # with the present V, in each epoch
     norm_adv: bool = True  # normalise advantages in each minibatch
     clip_coef: float = 0.2  # epsilon of the clipped objective and values
     clip_vloss: bool = False  # clip the value loss too; not in the paper

@@ -113,18 +113,15 @@ def play(monkeypatch):
 def train(play):
     """train(script, environment, iterations, **flags): small, on the named stub or on a real environment.
 
-    Observations and rewards stay raw, and advantages as they are in the first epoch, unless a flag says
-    otherwise: numbers can be predicted.
+    Observations and rewards stay raw unless a flag says otherwise: numbers can be predicted.
     """
     numbers = itertools.count()
 
     def start(script, env, iterations=1, stop_requested=lambda: False, **flags):
         env_id = play(script, env) if env in stub_envs.STUBS else env
-        plain = dict.fromkeys(normalised(script), False)
-        if script.__name__ != "ppo_atari":
-            plain["recompute_advantages"] = False
+        raw = dict.fromkeys(normalised(script), False)
         sizes = {"num_envs": 2, "num_steps": 8, "num_minibatches": 2, "update_epochs": 2, "device": "cpu"}
-        flags = sizes | plain | {"run_dir": f"run{next(numbers)}"} | flags
+        flags = sizes | raw | {"run_dir": f"run{next(numbers)}"} | flags
         total = iterations * flags["num_envs"] * flags["num_steps"]
         args = script.Args(**{"env_id": env_id, "total_timesteps": total} | flags)
         return script.train(args, stop_requested)
