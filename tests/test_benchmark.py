@@ -113,6 +113,15 @@ def test_scores_of_the_ablation_are_what_the_rows_say():
             assert not low <= 1 <= high, "an interval that allows for many variants is a wider one"
 
 
+def test_the_ablation_in_the_repository_is_what_the_rows_give():
+    """A score is of its own group, also where a selection has runs of the same task."""
+    pytest.importorskip("scipy", reason="pip install -r benchmark/requirements.txt")
+    import ablation
+
+    written = pd.read_csv(ROOT / "benchmark" / "ablation.csv")
+    pd.testing.assert_frame_equal(ablation.summarise(ablation.scores_of_runs()), written, check_dtype=False)
+
+
 def test_intervals_of_the_ablation_are_welchs():
     """With one task, and equal means: those of the difference of means that scipy computes."""
     stats = pytest.importorskip("scipy.stats", reason="pip install -r benchmark/requirements.txt")
