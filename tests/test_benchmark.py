@@ -260,3 +260,18 @@ def test_tables_of_a_gpu_and_of_a_cpu_are_apart():
     on_cpu, on_gpu = (update_docs.speed_table(update_docs.speeds(kind)) for kind in ("", "gpu"))
     assert "graphs" in on_gpu and "graphs" not in on_cpu
     assert "cartpole" in on_cpu and "cartpole" not in on_gpu
+
+
+def test_what_the_docstrings_say_was_measured_is_what_the_rows_have():
+    played = {}  # {recipe: sampled returns, in the order of seeds}
+    for row in sorted(rows("results"), key=lambda row: int(row["seed"])):
+        played.setdefault(row["recipe"], []).append(float(row["eval_sampled"]))
+    docs = {name: " ".join((ROOT / f"{name}.py").read_text().split()) for name in NAMES}
+    assert set(played["cartpole"]) == {500.0}
+    lunarlander = ", ".join(f"{x:.0f}" for x in played["lunarlander"])
+    cartpole = "CartPole-v1 500.0 after 100,000 steps"
+    assert f"Measured: {cartpole}, LunarLander-v3 {lunarlander} after" in docs["ppo_discrete"]
+    halfcheetah = ", ".join(f"{x:.0f}" for x in played["halfcheetah"])
+    assert f"Measured: HalfCheetah-v5 {halfcheetah} after" in docs["ppo_continuous"]
+    (breakout,), (pong,) = played["breakout-10m"], played["pong-10m"]
+    assert f"Measured: Breakout {breakout:.0f}, Pong {pong:.1f} (100" in docs["ppo_atari"]
