@@ -1,4 +1,4 @@
-"""What each detail is worth, and each candidate for a default: ablation.csv, from results.csv and random play
+"""What each detail is worth: ablation.csv, from results.csv and random play
 
     pip install -r benchmark/requirements.txt
     python benchmark/ablation.py
@@ -27,10 +27,9 @@ HERE = Path(__file__).resolve().parent
 
 
 def ablations():
-    """A row per recipe of an ablation or a selection, in the order of recipes.toml."""
+    """A row per recipe of an ablation, in the order of recipes.toml."""
     frame = pd.DataFrame.from_dict(read_recipes(), orient="index").reset_index(names="recipe")
-    compared = frame["group"].str.match("ablation|selection")
-    frame = frame.loc[compared, ["recipe", "group", "script", "env_id"]]
+    frame = frame.loc[frame["group"].str.match("ablation"), ["recipe", "group", "script", "env_id"]]
     return frame.assign(variant=frame["recipe"].str.split("-", n=2).str[2])  # ablation-<task>-<variant>
 
 
@@ -56,7 +55,7 @@ def scores_of_runs():
     as_it_is = rows["episodic_return"].where(rows["variant"] == "as-it-is")
     one = as_it_is.groupby([rows["group"], rows["env_id"]]).transform("mean")
     rows["score"] = (rows["episodic_return"] - zero) / (one - zero)
-    return rows.dropna(subset="score")  # nothing to compare with yet
+    return rows
 
 
 def interval(samples, ones, seeds, level):

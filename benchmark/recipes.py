@@ -19,11 +19,24 @@ def read_recipes():
     """{recipe: {group, script, env_id, flags, seeds, patch, episodes, perhaps published, lines, note}}."""
     recipes = {}
     for group, entries in tomllib.loads((HERE / "recipes.toml").read_text()).items():
-        for name, entry in entries.items():
+        for name, entry in (spread(group, entries) if "variants" in entries else entries).items():
             assert name not in recipes, f"{name} is in two groups of recipes.toml"
             usual = {"group": group, "flags": "", "seeds": [1, 2, 3], "patch": "", "episodes": 100}
             recipes[name] = usual | entry
             recipes[name]["flags"] = " ".join(recipes[name]["flags"].split())
+    return recipes
+
+
+def spread(group, grid):
+    """{ablation-<task>-<variant>: its entry} of each variant on each task; of a selection: select-..."""
+    kind = group.split("-")[0].replace("selection", "select")
+    common = {key: x for key, x in grid.items() if key not in ("tasks", "variants")}
+    recipes = {}
+    for task, named in grid["tasks"].items():
+        env_id, _, of_task = named.partition(" ")
+        for variant, own in grid["variants"].items():
+            flags = f"{grid['flags']} {of_task} {own.get('flags', '')}"
+            recipes[f"{kind}-{task}-{variant}"] = common | own | {"env_id": env_id, "flags": flags}
     return recipes
 
 

@@ -3,7 +3,8 @@
 It fills
 - the cells of tables whose first column is `recipe`, from results.csv;
 - tables marked <!-- recipes: group -->, from results.csv and recipes.toml;
-- tables marked <!-- ablation: group -->, from results.csv and ablation.csv;
+- tables marked <!-- variants: group -->, of an ablation from results.csv and ablation.csv, of a selection
+  from results.csv;
 - the other tables of TABLES, marked by their names, from speed.csv;
 - of tables whose first column is `tag`, `where` from the scripts themselves, `without it` from ablation.csv.
 All else stays as it is; a second run changes nothing. tests/test_docs.py fails while a page is out of date.
@@ -131,16 +132,19 @@ def scores():
     return cells
 
 
-def ablation_table(group):
-    """A row per variant: its return on each task, and its score over all of them."""
-    recipes = {(entry["env_id"], name.split("-", 2)[2]): name for name, entry in group_of(group).items()}
-    tasks = list(dict.fromkeys(task for task, _ in recipes))
-    rows = []
-    for (of_group, variant), score in scores().items():
-        if of_group == group:
-            returns = [cells_of(recipes[task, variant])["training"] for task in tasks]
-            rows.append([variant.replace("-", " "), *returns, score])
-    return table_of(["variant", *tasks, "score"], rows)
+def variants_table(group):
+    """A row per variant: its returns on each task, and in an ablation its score over all of them."""
+    recipes = {tuple(name.split("-", 2)[1:]): name for name in group_of(group)}  # (task, variant)
+    tasks, variants = (list(dict.fromkeys(x)) for x in zip(*recipes, strict=True))
+    header, column = [read_recipes()[recipes[task, variants[0]]]["env_id"] for task in tasks], "sampled"
+    rows = {variant: [variant.replace("-", " ")] for variant in variants}
+    if group.startswith("ablation"):
+        header, column = [*header, "score"], "training"
+    for variant, row in rows.items():
+        row += [cells_of(recipes[x])[column] if (x := (task, variant)) in recipes else "" for task in tasks]
+        if column == "training":
+            row.append(scores()[group, variant])
+    return table_of(["variant", *header], rows.values())
 
 
 def without(tag):
@@ -211,7 +215,7 @@ def where(tag):
 
 TABLES = {
     "recipes": recipes_table,
-    "ablation": ablation_table,
+    "variants": variants_table,
     "speed": lambda: speed_table(speeds()),
     "speed on a GPU": lambda: speed_table(speeds("gpu")),
     "threads": lambda: speed_table(speeds("threads"), "one thread"),

@@ -99,8 +99,7 @@ def test_scores_of_the_ablation_are_what_the_rows_say():
         for name, entry in RECIPES.items():
             if entry["group"] == score["group"] and name.split("-", 2)[2] == score["variant"]:
                 task, zero_of_task = name.split("-")[1], zero[entry["env_id"]]
-                kind = score["group"].split("-")[0].replace("selection", "select")
-                one = statistics.mean(returns[f"{kind}-{task}-as-it-is"])
+                one = statistics.mean(returns[f"ablation-{task}-as-it-is"])
                 means.append((statistics.mean(returns[name]) - zero_of_task) / (one - zero_of_task))
                 runs += len(returns[name])
         assert int(score["runs"]) == runs and int(score["tasks"]) == len(means)
@@ -114,7 +113,6 @@ def test_scores_of_the_ablation_are_what_the_rows_say():
 
 
 def test_the_ablation_in_the_repository_is_what_the_rows_give():
-    """A score is of its own group, also where a selection has runs of the same task."""
     pytest.importorskip("scipy", reason="pip install -r benchmark/requirements.txt")
     import ablation
 

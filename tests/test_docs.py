@@ -179,7 +179,7 @@ def test_the_results_show_every_recipe():
     shown = [(name, parsed(name, tuple(arguments))) for name, arguments in commands(text)]
     measured = set(update_docs.rows_of("results")["recipe"])
     for recipe, entry in update_docs.read_recipes().items():
-        mark = f"<!-- ablation: {entry['group']} -->"
+        mark = f"<!-- variants: {entry['group']} -->"
         if recipe in measured and mark in text:
             table = text.partition(mark)[2].partition("\n\n")[0]
             assert f"| {recipe.split('-', 2)[2].replace('-', ' ')} |" in table, recipe
