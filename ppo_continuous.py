@@ -71,7 +71,7 @@ class Args:
     # --- network ---
     hidden_sizes: tuple[int, ...] = (64, 64)  # of the hidden layers
     activation: Literal["tanh", "relu", "elu", "gelu"] = "tanh"  # after each
-    init_log_std: float = -0.5  # log std of the actions at the start (CleanRL: 0)
+    init_log_std: float = -1.0  # log std of the actions at the start (CleanRL: 0)
     learn_std: bool = True  # learn it; --no-learn-std keeps it as it is at the start
     norm_obs: bool = True  # by running mean and std, clipped to [-10, 10]
 
