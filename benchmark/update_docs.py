@@ -141,7 +141,7 @@ def variants_table(group):
     if group.startswith("ablation"):
         header, column = [*header, "score"], "training"
     for variant, row in rows.items():
-        row += [cells_of(recipes[x])[column] if (x := (task, variant)) in recipes else "" for task in tasks]
+        row += [cells_of(recipes[task, variant])[column] for task in tasks]
         if column == "training":
             row.append(scores()[group, variant])
     return table_of(["variant", *header], rows.values())
