@@ -212,7 +212,7 @@ def main(job):
     if job["program"].startswith("sb3"):
         measure_sb3(types.SimpleNamespace(**job["flags"]), job)
         return
-    sys.path.insert(0, job["folder"])
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     script = importlib.import_module(job["script"])
     args = script.Args(**job["flags"])
     script.torch.set_num_threads(args.num_threads or script.torch.get_num_threads())

@@ -72,16 +72,6 @@ def draw_panels(titles, name):
     figure.savefig(IMAGES / f"{name}.png")
 
 
-def draw_precision():
-    figure, axis = plt.subplots(figsize=(6.5, 4))
-    draw_seeds(axis, "breakout-fp32", DARK, label="fp32, the default")
-    draw_seeds(axis, "breakout", LIGHT, ls="--", label="bf16")
-    axis.set_title("BreakoutNoFrameskip-v4, three seeds each")
-    axis.set(xlabel="environment steps", ylabel="return, mean of the last 100 games")
-    axis.legend(loc="upper left", handlelength=3)
-    figure.savefig(IMAGES / "precision.png")
-
-
 def draw_ablation():
     """A panel per script: the score of each variant with its interval, a small point per run."""
     scores = scores_of_runs()
@@ -118,7 +108,6 @@ def main():
         titles = {name: title for name, title in titles.items() if name in set(CURVES["recipe"])}
         if titles:
             draw_panels(titles, group)
-    draw_precision()
     draw_ablation()
 
 

@@ -3,7 +3,6 @@
     pip install -r benchmark/requirements.txt
     python benchmark/speed.py                         # all that this machine can do: speed.csv
     python benchmark/speed.py --tasks cartpole "growth cartpole" --rounds 20
-    python benchmark/speed.py --against ../old        # this checkout beside another one: prints a table
 
 Each program is a process of its own (measured.py), with its own start and peak of memory, on the CPU but for
 the tasks called gpu. After two iterations they take turns of some seconds, one at a time, so that whatever
@@ -51,7 +50,7 @@ def start(script, program, settings, run_dir):
     """A process with the program, past its warm-up."""
     flags = {"device": "cpu"} | settings | {"total_timesteps": 10**9, "run_dir": run_dir}
     job = {"script": script, "program": program, "born": time.time()}
-    job |= {"iterations": flags.pop("iterations"), "folder": flags.pop("folder", str(ROOT))}
+    job["iterations"] = flags.pop("iterations")
     if program.startswith("sb3"):
         flags = dataclasses.asdict(importlib.import_module(script).Args(**flags))
     command = [sys.executable, str(HERE / "measured.py"), json.dumps(job | {"flags": flags})]
@@ -123,27 +122,20 @@ def save(rows):
     rows.to_csv(path, index=False, lineterminator="\r\n")
 
 
-def main(tasks: tuple[str, ...] = (), rounds: int = 10, against: Path | None = None):
+def main(tasks: tuple[str, ...] = (), rounds: int = 10):
     """Measure in rounds of turns.
 
     Args:
         tasks: such as `cartpole` or `growth cartpole`; none: all that this machine can do.
         rounds: of turns.
-        against: a folder with other scripts, to compare those of this checkout with.
     """
     sys.path.append(str(ROOT))  # for the scripts
     os.environ.pop("OMP_NUM_THREADS", None)  # programs take the threads that they take by themselves
-    tables = []
+    measured = []
     for task in tasks or [x for x in read_tasks() if torch.cuda.is_available() or not x.startswith("gpu")]:
-        script, programs = read_tasks()[task]
-        if not against:
-            tables.append(take_turns(task, script, programs, rounds))
-            save(tables[-1])
-            continue
-        for program in programs.keys() & {"eager", "compile", "bf16", "graphs"}:
-            pair = {program: programs[program], "old": programs[program] | {"folder": str(against.resolve())}}
-            tables.append(take_turns(f"{task} {program}", script, pair, rounds))
-    print(speed_table(pd.concat(tables), "old" if against else "sb3"))
+        measured.append(take_turns(task, *read_tasks()[task], rounds))
+        save(measured[-1])
+    print(speed_table(pd.concat(measured)))
 
 
 if __name__ == "__main__":

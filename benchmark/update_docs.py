@@ -98,14 +98,9 @@ def group_of(group):
 
 
 def recipes_table(group):
-    """A row per measured recipe of a group, with what others report, and one that names what is missing.
-
-    Recipes that are compared with another one have its returns beside theirs, in place of evaluations.
-    """
+    """A row per measured recipe of a group, with what others report, and one that names what is missing."""
     entries = group_of(group)
     header = ["recipe", "task", "steps", "training", "sampled", "deterministic"]
-    if all("against" in entry for entry in entries.values()):
-        header = ["recipe", "task", "training", "against"]
     header += [x for x in ("note", "published") if any(x in entry for entry in entries.values())]
     rows, missing = [], []
     for name, entry in entries.items():
@@ -114,8 +109,6 @@ def recipes_table(group):
         if seeds:
             missing.append(f"{', '.join(seeds) if measured else 'all'} of `{name}`")
         cells = entry | cells_of(name) | {"recipe": f"`{name}`", "task": entry["env_id"]}
-        if "against" in entry:
-            cells["against"] = f"`{entry['against']}`: {cells_of(entry['against'])['training']}"
         if measured:
             rows.append([cells.get(x, "") for x in header])
     if missing:

@@ -64,14 +64,6 @@ def test_every_row_is_of_a_recipe_with_the_same_arguments(modules):
     assert len(seeds) == len(set(seeds))
 
 
-def test_recipes_are_compared_with_recipes_of_the_same_task():
-    for name, entry in RECIPES.items():
-        if "against" in entry:
-            other = RECIPES[entry["against"]]
-            assert (entry["script"], entry["env_id"]) == (other["script"], other["env_id"]), name
-            assert entry["flags"] != other["flags"], name
-
-
 def test_curves_are_of_rows_and_end_where_they_do():
     """At most 60 points, of the groups that are drawn; the last one is the return of the row."""
     curves = {}
