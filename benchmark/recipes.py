@@ -12,7 +12,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 # the groups of recipes.toml that plots.py draws, and whose curves run.py keeps
-DRAWN = ("classic", "mujoco-v5", "mujoco-v4", "atari", "atari-10m", "strong", "tutorials")
+DRAWN = ("classic", "mujoco-v5", "atari", "atari-10m", "strong")
 
 
 def read_recipes():
