@@ -58,7 +58,7 @@ class Args:
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # of GAE; 1: rewards-to-go minus V, 0: TD error
     norm_adv: bool = True  # normalise advantages in each minibatch
-    clip_coef: float = 0.2  # epsilon of the clipped objective and values
+    clip_coef: float = 0.2  # epsilon of the clipped objective, and of values
     clip_vloss: bool = False  # clip the value loss too; not in the paper
     ent_coef: float = 0.0  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss, which has its own 1/2
@@ -87,7 +87,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cpu
     num_threads: int = 1  # CPU threads of torch; 0: torch's choice
     torch_deterministic: bool = True  # on CUDA: deterministic cuDNN kernels
-    compile: bool = False  # torch.compile, needs g++: faster after a minute
+    compile: bool = False  # torch.compile, needs g++: starts slowly, runs faster
     run_dir: str = ""  # empty: runs/<env>__<exp>__<seed>__<time>
     save_every: int = 50  # iterations between checkpoints
     resume: str = ""  # run directory to continue; typed flags win
@@ -528,8 +528,7 @@ def prepare(args):
     args.run_dir = args.run_dir if args.run_dir else f"runs/{name}"
     newest = Path(args.run_dir, "checkpoint.pt")
     free = not newest.exists() or (checkpoint and newest.samefile(checkpoint["path"]))
-    hint = f"--run-dir {args.run_dir} holds a checkpoint: name another, or --resume {args.run_dir}"
-    require(free, hint)
+    require(free, f"--run-dir {args.run_dir} holds a checkpoint: name another, or --resume {args.run_dir}")
     if args.capture_video:  # what is missing for it shows now, not after the training
         make_envs(args, 1, f"{args.run_dir}/videos").close()
     seed_everything(args.seed)

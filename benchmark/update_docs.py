@@ -1,7 +1,7 @@
 """Write what is measured and where things stand into README.md and docs/*.md: python benchmark/update_docs.py
 
 It fills
-- the cells of tables whose first column is `recipe`, from results.csv;
+- the cells of tables whose first column is `task`, of the recipe with the defaults, from results.csv;
 - tables marked <!-- recipes: group -->, from results.csv and recipes.toml;
 - tables marked <!-- variants: group -->, of an ablation from results.csv and ablation.csv, of a selection
   from results.csv;
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("discrete", "continuous", "atari")
 NOT_MEASURED = "not measured"
 TAG = re.compile(r"\[((?:core|cont|atari|ours) \d+)\]")
+DEFAULTS = ("classic", "mujoco-v5", "atari-10m")  # groups of recipes, one per task
 ABLATIONS = {"classic": "classic control", "mujoco": "MuJoCo", "atari": "Breakout"}
 SPEEDS = {  # columns of speed.csv: those of a table, with their form
     "sps": ("steps/s", "{:,.0f}"),
@@ -80,14 +81,15 @@ def cells_of(recipe):
     """{header of a column: its cell in the row of the recipe}; a dagger marks runs with older numerics."""
     runs, entry, numerics = runs_of(recipe), read_recipes()[recipe], read_numerics()
     present = [run.commit in numerics[run.script]["commits"] for run in runs.itertuples()]
-    mark, seconds = "" if all(present) else " †", runs["wall_s"].median()
+    mark, minutes = "" if all(present) else " †", runs["wall_s"].median() / 60
     return {
         "steps": f"{runs['steps'].iloc[0]:,}" if len(runs) else NOT_MEASURED,
         "training": both(runs["episodic_return"]) + mark,
         "sampled": both(runs["eval_sampled"]),
         "deterministic": both(runs["eval_deterministic"]),
         "evaluated": mean_and_spread(runs["eval_sampled"]) + mark,
-        "minutes": NOT_MEASURED if pd.isna(seconds) else str(max(1, round(seconds / 60))),
+        "minutes": NOT_MEASURED if pd.isna(minutes) else f"{minutes:.{0 if minutes > 60 else 1}f}",
+        "published PPO": entry.get("published", ""),
         "command": f"`{entry['script']}.py --env-id {entry['env_id']} {entry['flags']}".rstrip() + "`",
     }
 
@@ -107,7 +109,7 @@ def recipes_table(group):
         measured = set(runs_of(name)["seed"])
         seeds = [str(seed) for seed in entry["seeds"] if seed not in measured]
         if seeds:
-            missing.append(f"{', '.join(seeds) if measured else 'all'} of `{name}`")
+            missing.append(f"{'seed ' + ', '.join(seeds) if measured else 'all'} of `{name}`")
         cells = entry | cells_of(name) | {"recipe": f"`{name}`", "task": entry["env_id"]}
         if measured:
             rows.append([cells.get(x, "") for x in header])
@@ -225,14 +227,15 @@ def written(match):
 
 
 def filled(match):
-    """A table whose first column is `recipe` or `tag`, with the cells that are known."""
+    """A table whose first column is `task` or `tag`, with the cells that are known."""
     header, _, *rows = map(split, match[0].splitlines())
+    defaults = {x["env_id"]: name for name, x in read_recipes().items() if x["group"] in DEFAULTS}
     for row in rows:
         known = {}
         if header[0] == "tag":
             known = {"where": where(row[0]), "without it": without(row[0])}
-        elif row[0].startswith("`"):
-            known = cells_of(row[0].strip("`"))
+        else:
+            known = cells_of(defaults[row[0]])
         row[:] = [known.get(name, cell) for name, cell in zip(header, row, strict=True)]
     return table_of(header, rows)
 
@@ -241,7 +244,7 @@ def updated(text):
     """A page as it should be."""
     mark = r"^(<!-- ([\w ]+?)(?:: ([\w-]+))? -->\n)"
     text = re.sub(mark + r"(?:\|.*\n)*", written, text, flags=re.M)
-    return re.sub(r"^\| (?:recipe|tag) \|.*\n(?:\|.*\n)+", filled, text, flags=re.M)
+    return re.sub(r"^\| (?:task \| steps|tag) \|.*\n(?:\|.*\n)+", filled, text, flags=re.M)
 
 
 def pages():

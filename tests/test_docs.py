@@ -96,14 +96,14 @@ def test_a_page_is_what_update_docs_writes(page):
 def test_update_docs_fills_tables(monkeypatch):
     runs_of = update_docs.runs_of
     monkeypatch.setattr(update_docs, "runs_of", lambda x: runs_of(x)[: None if x == "acrobot" else 0])
-    page = "| recipe | evaluated | x |\n| --- | --- | --- |\n"
-    page += "| `acrobot` | ? | kept |\n| `pendulum` | ? | kept |\n"
+    page = "| task | steps | evaluated | x |\n| --- | --- | --- | --- |\n"
+    page += "| Acrobot-v1 | ? | ? | kept |\n| Pendulum-v1 | ? | ? | kept |\n"
     page += "\n| tag | where |\n| --- | --- |\n| core 5 | ? |\n"
     page += "\n<!-- speed -->\n| old |\nthe end\n"
     new = update_docs.updated(page)
     evaluated = update_docs.cells_of("acrobot")["evaluated"]
-    assert f"| `acrobot` | {evaluated} | kept |" in new and re.fullmatch(r"\S+ ± \S+", evaluated)
-    assert "| `pendulum` | not measured | kept |" in new and "| core 5 | `compute_gae` |" in new
+    assert f"| Acrobot-v1 | 499,712 | {evaluated} | kept |" in new and re.fullmatch(r"\S+ ± \S+", evaluated)
+    assert "| Pendulum-v1 | not measured | not measured | kept |" in new and "| core 5 | `compute_gae` |" in new
     assert "old" not in new and "the end" in new and "| task | program |" in new and "?" not in new
     assert update_docs.updated(new) == new
 
