@@ -508,6 +508,7 @@ def prepare(args):
     require(equal, f"{sizes} must give equal parts of 2 or more (of 1 with --no-norm-adv): change one")
     found = args.device in ("auto", "cpu") or getattr(torch, args.device).is_available()
     require(found, f"--device {args.device}: torch finds none, use cpu")
+    require(args.objective in ("clip", "kl-penalty"), f"--objective {args.objective}: clip or kl-penalty")
     require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
 
     checkpoint = load_checkpoint(args.resume) if args.resume else None

@@ -518,6 +518,7 @@ def prepare(args):
     sizes = f"--num-steps {args.num_steps} x --num-envs {args.num_envs} = {B} in --num-minibatches {parts}"
     require(equal, f"{sizes} must give equal parts of 2 or more (of 1 with --no-norm-adv): change one")
     require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: torch finds none, use cpu")
+    require(args.objective in ("clip", "kl-penalty"), f"--objective {args.objective}: clip or kl-penalty")
     require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
 
     checkpoint = load_checkpoint(args.resume) if args.resume else None

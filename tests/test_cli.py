@@ -59,6 +59,12 @@ def test_bad_input_is_refused(discrete, refused, monkeypatch, flags, words):
     refused(discrete, flags.split(), words)
 
 
+def test_an_unknown_objective_from_python_is_refused(script, no_training):
+    """It would train with the clipped one, and say nothing."""
+    with pytest.raises(ValueError, match=r"^--objective kl: clip or kl-penalty$"):
+        script.train(script.Args(objective="kl"))
+
+
 def test_a_video_without_moviepy_is_refused_before_the_training(script, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "moviepy", None)
     refused(script, tiny(script.__name__, "--capture-video"), "--capture-video: pip install moviepy")

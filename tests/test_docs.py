@@ -103,7 +103,8 @@ def test_update_docs_fills_tables(monkeypatch):
     new = update_docs.updated(page)
     evaluated = update_docs.cells_of("acrobot")["evaluated"]
     assert f"| Acrobot-v1 | 499,712 | {evaluated} | kept |" in new and re.fullmatch(r"\S+ ± \S+", evaluated)
-    assert "| Pendulum-v1 | not measured | not measured | kept |" in new and "| core 5 | `compute_gae` |" in new
+    assert "| Pendulum-v1 | not measured | not measured | kept |" in new
+    assert "| core 5 | `compute_gae` |" in new
     assert "old" not in new and "the end" in new and "| task | program |" in new and "?" not in new
     assert update_docs.updated(new) == new
 
