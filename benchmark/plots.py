@@ -42,14 +42,20 @@ def draw_seeds(axis, recipe, color, band="", **style):
 
 
 def draw_published(axis, recipe):
-    """Dashed lines with their names above them at the left, where curves are still low, and a white rim."""
+    """Dashed lines with a name and a white rim: above it at the left, where curves are still low, or under it
+    at the right, where they are far above."""
     rim = [patheffects.withStroke(linewidth=3, foreground="white")]
+    bottom, top = axis.get_ylim()
+    end = axis.lines[0].get_ydata()[-1]
+    axis.margins(y=0.15)
     for name, value in RECIPES[recipe].get("lines", []):
         axis.axhline(value, color="black", ls="--", lw=1.2, label="published PPO")
-        place = {"xytext": (0, 2), "textcoords": "offset points", "ha": "left", "va": "bottom"}
+        x, y, ha, va = 0.02, 2, "left", "bottom"
+        if end - value > 0.3 * (top - bottom):
+            x, y, ha, va = 0.98, -2, "right", "top"
+        place = {"xytext": (0, y), "textcoords": "offset points", "ha": ha, "va": va}
         place |= {"xycoords": ("axes fraction", "data"), "path_effects": rim, "zorder": 1.9}
-        axis.annotate(name, (0.02, value), fontsize=11, **place)
-    axis.margins(y=0.15)
+        axis.annotate(name, (x, value), fontsize=11, **place)
 
 
 def draw_panels(titles, name):
