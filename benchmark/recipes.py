@@ -65,8 +65,8 @@ def losses_of(script):
     module = importlib.import_module(script)
     torch.set_num_threads(1)  # more of them round otherwise
     with tempfile.TemporaryDirectory() as folder:
-        # of the vector scripts with their own minibatches and epochs, in which V moves beyond the clip range; of
-        # enough steps that one ratio more or less beyond clip_coef, by rounding, makes no difference
+        # with the default minibatches and epochs V moves beyond the clip range, and in so many rows one ratio
+        # that rounding moves beyond clip_coef makes no difference
         small = {"num_envs": 2, "num_steps": 128, "total_timesteps": 512}
         if script == "ppo_atari":
             small = {"num_envs": 2, "num_steps": 64, "total_timesteps": 256}
