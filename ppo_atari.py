@@ -7,12 +7,12 @@
 
     python ppo_atari.py --env-id BreakoutNoFrameskip-v4 --seed 1        (--help explains every flag)
 
-Measured: Breakout 416, Pong 20.1 (100 evaluated games; seed 1; --precision bf16; torch 2.13; 7 and 5.6 hours
-on one core of an AMD EPYC). PPO comes first, then environments, then what runs it.
-Tags like [core 5] number details of
-https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details. Unlike CleanRL's file,
+Measured: Breakout 416, Pong 20.1, BeamRider 2620 after 10,000,000 steps with --precision bf16 (means of 100
+evaluated games; seed 1; torch 2.13; 7.0, 5.6 and 6.1 hours on one core of an AMD EPYC).
+PPO comes first, then environments, then what runs it. Tags like [core 5] number details of
+https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details. Beyond these:
   ours 1  a time limit does not end the task: the return goes on with V of the final observation;
-  ours 2  environments reset within the step that ends an episode, so the batch has no dummy steps;
+  ours 2  environments reset within the step that ends an episode; by default, gymnasium 1 adds dummy steps;
   ours 3  --target-kl is checked before each optimiser step, not after each epoch;
   ours 4  logged losses are means over all minibatches of an iteration;
   ours 5  a run whose numbers become nan or infinite stops before it saves them.
@@ -50,21 +50,21 @@ class Args:
     # --- PPO ---
     total_timesteps: int = 10_000_000  # steps of 4 frames, of all games together
     learning_rate: float = 2.5e-4  # Adam's step size
-    anneal_lr: bool = True  # lower it linearly, almost to 0 at the end
+    anneal_lr: bool = True  # lower the learning rate linearly, almost to 0
     num_envs: int = 8  # environments that step together
     num_steps: int = 128  # steps of each environment per iteration
     num_minibatches: int = 4  # minibatches per epoch
     update_epochs: int = 4  # passes over the batch per iteration
     gamma: float = 0.99  # discount factor
-    gae_lambda: float = 0.95  # of GAE; 1: rewards-to-go minus V, 0: TD error
+    gae_lambda: float = 0.95  # lambda of GAE; 1: rewards-to-go minus V, 0: TD error
     norm_adv: bool = True  # normalise advantages in each minibatch
-    clip_coef: float = 0.1  # epsilon of the clipped objective, and of values
+    clip_coef: float = 0.1  # epsilon: the ratio counts up to 1 +- this; also for values
     clip_vloss: bool = True  # clip the value loss too; not in the paper
     ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss, which has its own 1/2
     max_grad_norm: float = 0.5  # limit of the gradient's norm; 0: off
     target_kl: float = 0.0  # end an update beyond this approximate KL; 0: off
-    objective: Literal["clip", "kl-penalty"] = "clip"  # what bounds a step
+    objective: Literal["clip", "kl-penalty"] = "clip"  # what keeps the policy near the old one
     kl_penalty_coef: float = 1.0  # kl-penalty: coefficient at first; it adapts
     kl_penalty_target: float = 0.01  # kl-penalty: KL(old || new) it steers to
 
@@ -76,7 +76,7 @@ class Args:
     max_episode_steps: int = 0  # time limit of a game; 0: 27,000 (108,000 frames)
 
     # --- this run ---
-    exp_name: str = "ppo_atari"  # part of the run directory's name
+    exp_name: str = Path(__file__).stem  # part of the run directory's name
     seed: int = 1  # of torch, numpy, random and the environments
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else cpu
     num_threads: int = 0  # of torch and of the emulators; 0: their choice
@@ -86,7 +86,7 @@ class Args:
     save_every: int = 50  # iterations between checkpoints
     resume: str = ""  # run directory to continue; typed flags win
     evaluate: str = ""  # run directory to evaluate; typed flags win
-    eval_episodes: int = 10  # of --evaluate and after training; 0: none
+    eval_episodes: int = 10  # episodes of --evaluate and after training; 0: none
     deterministic: bool = False  # evaluate most probable actions, not samples
     capture_video: bool = False  # film the first evaluated episode
     track: bool = False  # also log to Weights & Biases (pip install wandb)
@@ -160,8 +160,8 @@ class Agent(nn.Module):
 
 
 def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
-    """Generalised advantage estimation [core 5]: (advantages, returns), (T, N) each; PPO paper, eq. 11, 12;
-    https://arxiv.org/abs/1506.02438.
+    """Generalised advantage estimation [core 5], https://arxiv.org/abs/1506.02438; PPO paper, eq. 11, 12.
+    Returns (advantages, returns), (T, N) each.
 
     rewards, values, dones: (T, N). dones[t] is 1 where action t ended the episode. If it was truncated,
     rewards[t] already contains gamma * V(final observation). next_value: (N,), V after the last step.
@@ -179,8 +179,8 @@ def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
 
 
 def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, values, args, kl_coef=None):
-    """Loss to minimise, minus eq. 9 of https://arxiv.org/abs/1707.06347, and a dict of detached scalars. All
-    tensors: (M,).
+    """(loss, stats): what to minimise, eq. 9 of https://arxiv.org/abs/1707.06347 with its sign turned, and a
+    dict of detached scalars. All tensors: (M,).
 
     newlogprob, entropy, newvalue: of the current weights; logprobs, values: of the weights that made the
     rollout. args: anything with clip_coef, clip_vloss, ent_coef, vf_coef, norm_adv. kl_coef: beta of the KL
@@ -201,7 +201,7 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
         pg_loss = (-advantages * ratio + kl_coef * kl).mean()
 
     v_error = (newvalue - returns) ** 2
-    if args.clip_vloss:  # [core 9] or that of V clipped near its old value, if larger
+    if args.clip_vloss:  # [core 9] the larger of this error and that of V moved by at most clip_coef
         change = (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
         v_error = torch.max(v_error, (values + change - returns) ** 2)
     v_loss = 0.5 * v_error.mean()
@@ -221,7 +221,7 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
 
 @torch.no_grad()
 def adapt_kl_coef(kl_coef, agent, batch, target):
-    """Double or halve kl_coef for the next update, PPO paper, section 4; KL(old || new) of this one."""
+    """Double, halve or keep kl_coef for the next update (PPO paper, section 4). Returns KL(old || new)."""
     _, newlogprob, _, _ = agent.get_action_and_value(batch["obs"], batch["actions"])
     logratio = newlogprob - batch["logprobs"]
     kl = (logratio.exp() - 1 - logratio).mean().item()  # on the whole batch
@@ -236,14 +236,14 @@ def adapt_kl_coef(kl_coef, agent, batch, target):
 def compute_gradients(agent, batch, mb_inds, args, kl_coef=None):
     """Put the clipped gradient of the loss into .grad; return the stats. mb_inds, (M,): rows of the batch."""
     mb = {name: x.index_select(0, mb_inds) for name, x in batch.items()}  # (M, ...), faster than x[mb_inds]
-    _, *new = agent.get_action_and_value(mb["obs"], mb["actions"])
-    old = mb["logprobs"], mb["advantages"], mb["returns"], mb["values"]
-    loss, stats = ppo_loss(*new, *old, args, kl_coef)
+    _, newlogprob, entropy, newvalue = agent.get_action_and_value(mb["obs"], mb["actions"])
+    rest = mb["logprobs"], mb["advantages"], mb["returns"], mb["values"]
+    loss, stats = ppo_loss(newlogprob, entropy, newvalue, *rest, args, kl_coef)
     loss.backward()
     if WORLD_SIZE > 1:  # torchrun: the mean of all processes
         for x in [*stats.values(), *(x.grad for x in agent.parameters())]:
             distributed.all_reduce(x, op=distributed.ReduceOp.AVG)
-    # [core 11] one norm over policy and V; an infinite limit only measures it; foreach=False compiles
+    # [core 11] one norm over policy and V; inf only measures it; torch.compile needs foreach=False
     limit = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
     norm = nn.utils.clip_grad_norm_(agent.parameters(), limit, foreach=False)
     return stats | {"grad_norm": norm}
@@ -262,6 +262,8 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
     num_iterations = args.total_timesteps // B
     best = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(best if args.device == "auto" else args.device)
+    if WORLD_SIZE > 1 and device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
     as_tensor = partial(torch.as_tensor, device=device)
     envs = make_envs(args, N)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
@@ -341,7 +343,7 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
             # --- 5. logs, checkpoint: no part of the algorithm; losses are means [ours 4] ---
             losses = {x: torch.stack([stats[x] for stats in step_stats]).mean().item() for x in step_stats[0]}
             check_finite(losses, agent, global_step)  # [ours 5] before it is saved
-            if returns.var() > 0:  # 1: V is right, 0: no better than the mean of the returns
+            if returns.var() > 0:  # V before the update; 1: right up to a constant, 0: no better than one
                 losses["explained_variance"] = 1 - (returns - values).var() / returns.var()
             charts["SPS"] = (global_step - start_step) / (time.time() - start_time)
             if len(envs.return_queue) > 0:  # the last 100 episodes
@@ -350,7 +352,7 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
             stop = stop_requested()
             if WORLD_SIZE > 1:
                 stop = agree(stop, kl_coef, device)
-            last_iteration = iteration == num_iterations or stop
+            last_iteration = global_step + B > args.total_timesteps or stop
             if RANK == 0 and (iteration % args.save_every == 0 or last_iteration):
                 save_checkpoint(args, global_step, agent, optimizer, envs, kl_coef)
             if RANK == 0:
@@ -371,8 +373,8 @@ class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
         super().__init__(envs)
         buttons = envs.unwrapped.ale.get_action_set()
         self.fire = buttons.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in buttons else None
-        self.presses = 1 + (sticky > 0)  # a sticky action may take the place of FIRE, hardly twice
-        self.presses_at_start = 2 * (sticky > 0)  # else the emulator's own is enough
+        self.presses = 2 if sticky > 0 else 1  # a sticky action may take the place of FIRE, hardly twice
+        self.presses_at_start = 2 if sticky > 0 else 0  # else the emulator's own is enough
 
     def reset(self, **kwargs):
         obs, infos = super().reset(**kwargs)
@@ -420,6 +422,7 @@ class RecordColour(gym.vector.VectorWrapper):
             from gymnasium.utils.save_video import save_video  # wants moviepy, which only films need
 
             save_video(self.frames, self.folder, fps=15)
+        self.colour_envs.close()
         super().close(**kwargs)
 
 
@@ -430,11 +433,11 @@ def make_envs(args, num_envs, video_folder=None):
     try:
         game = gym.spec(args.env_id).kwargs
     except gym.error.Error as error:
-        raise UsageError(f"--env-id {args.env_id}: {' '.join(str(error).split())} {hint}") from error
+        raise UsageError(f"--env-id {args.env_id}: {' '.join(str(error).split())}; {hint}") from error
     known = "game" in game and args.env_id.endswith(("NoFrameskip-v4", "-v5"))
     require(known, f"--env-id {args.env_id}: not Atari from pixels, {hint} (or try ppo_discrete.py)")
     rom, sticky = game["game"], game["repeat_action_probability"]
-    frames = min(4 * args.max_episode_steps, 108_000)
+    steps = args.max_episode_steps if args.max_episode_steps > 0 else 27_000
     options = {
         # [ours 2] NEXT_STEP, the default, spends a step of reward 0 on a reset: a row to learn nothing from
         "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP,
@@ -445,7 +448,7 @@ def make_envs(args, num_envs, video_folder=None):
         "use_fire_reset": True,
         "repeat_action_probability": sticky,
         "full_action_space": False,
-        "max_num_frames_per_episode": frames if frames > 0 else 108_000,
+        "max_num_frames_per_episode": 4 * min(steps, 27_000),
         "episodic_life": False,  # True would reset the game at a lost life
         "life_loss_info": False,  # True would hide where games end
         "reward_clipping": False,  # True would hide the raw rewards
@@ -515,7 +518,7 @@ def prepare(args):
     least = B * WORLD_SIZE + (checkpoint["global_step"] if checkpoint else 0)
     require(args.total_timesteps >= least, f"--total-timesteps {args.total_timesteps}: use at least {least}")
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}".replace("/", "-")
-    args.run_dir = args.run_dir if args.run_dir else f"runs/{name}"
+    args.run_dir = args.run_dir or f"runs/{name.replace(':', '-')}"
     newest = Path(args.run_dir, "checkpoint.pt")
     free = not newest.exists() or (checkpoint and newest.samefile(checkpoint["path"]))
     require(free, f"--run-dir {args.run_dir} holds a checkpoint: name another, or --resume {args.run_dir}")
@@ -576,8 +579,6 @@ def captured(function, agent):
 
 def join_processes(agent, seed, device):
     """Connect with the other processes of torchrun: the same weights in all, other random numbers in each."""
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not distributed.is_initialized():  # train may run again in this process
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     for x in agent.parameters():
@@ -658,9 +659,11 @@ def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=2**30, captu
     saved = load_checkpoint(checkpoint)
     args, agent = dataclasses.replace(saved["args"], **changes), saved["trained"]
     folder = saved["path"].parent / "videos" / f"step-{saved['global_step']}-seed-{seed}"
-    seed_everything(seed)
     returns = []
     with closing(make_envs(args, 1, str(folder) if capture_video else None)) as envs:
+        fits = Agent(envs.single_observation_space, envs.single_action_space, args).shapes == agent.shapes
+        require(fits, f"--env-id {args.env_id} has observations or actions of other shapes than the agent")
+        seed_everything(seed)
         obs, _ = envs.reset(seed=seed)
         for _ in tqdm(range(num_episodes), unit="episode", disable=None):
             infos = {}
@@ -690,12 +693,10 @@ def open_log(args, global_step, device):
         import wandb
 
         owner = {"project": args.wandb_project_name, "entity": args.wandb_entity or None}
-        name = Path(args.run_dir).name
-        wandb.init(**owner, name=name, config=vars(args), sync_tensorboard=True)
+        wandb.init(**owner, name=Path(args.run_dir).name, config=vars(args), sync_tensorboard=True)
     B = args.num_steps * args.num_envs
-    iterations = args.total_timesteps // B
-    total = iterations * B
-    print(f"{args.run_dir}: {iterations} iterations of {B} steps = {total:,} on {device}", flush=True)
+    total = args.total_timesteps // B * B
+    print(f"{args.run_dir}: {total // B} iterations of {B} steps = {total:,} on {device}", flush=True)
     writer = SummaryWriter(args.run_dir, purge_step=global_step + 1)  # later points are of an earlier run
     writer.add_text("hyperparameters", "  \n".join(f"{x}: {y}" for x, y in vars(args).items()))
     scale = {"total": total, "initial": global_step, "unit": "step", "unit_scale": True}
@@ -719,7 +720,7 @@ def write_log(writer, bar, charts, losses, global_step):
 
 def main():
     """The command line. Exit codes: 2 bad input, 1 nan, 128 + its number for a signal (Ctrl-C: 130)."""
-    command = f"python {sys.argv[0]}"
+    command = shlex.join(["python", sys.argv[0]])
     received = []  # signals
     signals = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # not on Windows
 

@@ -7,12 +7,12 @@
 
     python ppo_continuous.py --env-id HalfCheetah-v5 --seed 1        (--help explains every flag)
 
-Measured: HalfCheetah-v5 5224, 3952, 4236, 4672, 6954 after 1,000,000 steps (100 evaluated episodes; seeds 1
-to 5; --compile; torch 2.13, one core of an AMD EPYC). PPO comes first, then environments, then what runs it.
-Tags like [core 5] number details of
-https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details. Unlike CleanRL's file,
+Measured: HalfCheetah-v5 5224, 3952, 4236, 4672, 6954 after 1,000,000 steps with --compile (means of 100
+evaluated episodes; seeds 1 to 5; torch 2.13, one core of an AMD EPYC).
+PPO comes first, then environments, then what runs it. Tags like [core 5] number details of
+https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details. Beyond these:
   ours 1  a time limit does not end the task: the return goes on with V of the final observation;
-  ours 2  environments reset within the step that ends an episode, so the batch has no dummy steps;
+  ours 2  environments reset within the step that ends an episode; by default, gymnasium 1 adds dummy steps;
   ours 3  --target-kl is checked before each optimiser step, not after each epoch;
   ours 4  logged losses are means over all minibatches of an iteration;
   ours 5  a run whose numbers become nan or infinite stops before it saves them;
@@ -48,43 +48,43 @@ from tqdm import tqdm
 @dataclasses.dataclass
 class Args:
     # --- PPO ---
-    total_timesteps: int = 1_000_000  # of all environments together
+    total_timesteps: int = 1_000_000  # environment steps, all environments together
     learning_rate: float = 3e-4  # Adam's step size
-    anneal_lr: bool = True  # lower it linearly, almost to 0 at the end
+    anneal_lr: bool = True  # lower the learning rate linearly, almost to 0
     num_envs: int = 8  # environments that step together
     num_steps: int = 256  # steps of each environment per iteration
     num_minibatches: int = 32  # minibatches per epoch
     update_epochs: int = 10  # passes over the batch per iteration
     gamma: float = 0.99  # discount factor
-    gae_lambda: float = 0.95  # of GAE; 1: rewards-to-go minus V, 0: TD error
+    gae_lambda: float = 0.95  # lambda of GAE; 1: rewards-to-go minus V, 0: TD error
     norm_adv: bool = True  # normalise advantages in each minibatch
-    clip_coef: float = 0.2  # epsilon of the clipped objective, and of values
+    clip_coef: float = 0.2  # epsilon: the ratio counts up to 1 +- this; also for values
     clip_vloss: bool = False  # clip the value loss too; not in the paper
     ent_coef: float = 0.0  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss, which has its own 1/2
     max_grad_norm: float = 0.5  # limit of the gradient's norm; 0: off
     target_kl: float = 0.0  # end an update beyond this approximate KL; 0: off
-    objective: Literal["clip", "kl-penalty"] = "clip"  # what bounds a step
+    objective: Literal["clip", "kl-penalty"] = "clip"  # what keeps the policy near the old one
     kl_penalty_coef: float = 1.0  # kl-penalty: coefficient at first; it adapts
     kl_penalty_target: float = 0.01  # kl-penalty: KL(old || new) it steers to
 
     # --- network ---
-    hidden_sizes: tuple[int, ...] = (64, 64)  # of the hidden layers
-    activation: Literal["tanh", "relu", "elu", "gelu"] = "tanh"  # after each
+    hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers
+    activation: Literal["tanh", "relu", "elu", "gelu"] = "tanh"  # after each hidden layer
     init_log_std: float = -0.5  # log std of the actions at the start (CleanRL: 0)
     learn_std: bool = True  # learn it; --no-learn-std keeps it as it is at the start
-    norm_obs: bool = True  # by running mean and std, clipped to [-10, 10]
+    norm_obs: bool = True  # normalise observations by running mean and std, then clip
 
     # --- environment ---
-    env_id: str = "HalfCheetah-v5"  # package:Env-v0 imports package first
-    max_episode_steps: int = 0  # 0: the environment's own time limit
-    vectorization: Literal["sync", "async"] = "sync"  # async: a process each
-    norm_reward: bool = True  # by running std of discounted return, clipped
+    env_id: str = "HalfCheetah-v5"  # gymnasium id; package:Env-v0 imports package first
+    max_episode_steps: int = 0  # time limit; 0: the environment's own
+    vectorization: Literal["sync", "async"] = "sync"  # async: a process per environment
+    norm_reward: bool = True  # divide rewards by the running std of returns, then clip
 
     # --- this run ---
-    exp_name: str = "ppo_continuous"  # part of the run directory's name
+    exp_name: str = Path(__file__).stem  # part of the run directory's name
     seed: int = 1  # of torch, numpy, random and the environments
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cpu
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cpu, even with a GPU
     num_threads: int = 1  # CPU threads of torch; 0: torch's choice
     torch_deterministic: bool = True  # on CUDA: deterministic cuDNN kernels
     compile: bool = False  # torch.compile, needs g++: starts slowly, runs faster
@@ -92,8 +92,8 @@ class Args:
     save_every: int = 50  # iterations between checkpoints
     resume: str = ""  # run directory to continue; typed flags win
     evaluate: str = ""  # run directory to evaluate; typed flags win
-    eval_episodes: int = 10  # of --evaluate and after training; 0: none
-    deterministic: bool = False  # evaluate the mean actions, not samples
+    eval_episodes: int = 10  # episodes of --evaluate and after training; 0: none
+    deterministic: bool = False  # evaluate most probable actions, not samples
     capture_video: bool = False  # film the first evaluated episode
     track: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project_name: str = "ppo"  # project for --track
@@ -130,17 +130,16 @@ def running_mean_var(mean, var, count, batch):
 
 
 class Agent(nn.Module):
-    """A Gaussian policy and V, in networks of their own [core 13] [cont 4]."""
+    """The policy and V, in networks of their own [core 13]."""
 
     def __init__(self, observation_space, action_space, args):
         super().__init__()
         obs_dim = observation_space.shape[0]
-        action_dim = action_space.shape[0]
         self.critic = mlp(obs_dim, 1, 1.0, args)
-        self.actor_mean = mlp(obs_dim, action_dim, 0.01, args)  # 0.01: means near 0 at first
-        logstd = torch.full((action_dim,), float(args.init_log_std))  # state-independent [cont 2]
+        self.actor_mean = mlp(obs_dim, action_space.shape[0], 0.01, args)  # [cont 4] 0.01: near 0 at first
+        logstd = torch.full(action_space.shape, float(args.init_log_std))  # state-independent [cont 2]
         self.actor_logstd = nn.Parameter(logstd) if args.learn_std else nn.Buffer(logstd)
-        self.shapes = (obs_dim,), (action_dim,)  # for checkpoints
+        self.shapes = (obs_dim,), action_space.shape  # for checkpoints
 
         self.norm_obs = args.norm_obs
         self.obs_mean = nn.Buffer(torch.zeros(obs_dim, dtype=torch.float64))  # [ours 6]
@@ -162,15 +161,15 @@ class Agent(nn.Module):
         return self.critic(obs).squeeze(-1)
 
     def get_action_and_value(self, obs, action=None, deterministic=False):
-        """Action (given, sampled or the mean), (N, A); its log-probability, the policy's entropy, V: (N,).
+        """Action (given, sampled or most probable); (N,) each: its log-probability, the policy's entropy, V.
         obs: normalised, (N, obs_dim)."""
+        # by hand: torch.distributions slows a run down by an eighth to a quarter
         mean = self.actor_mean(obs)  # (N, A)
         logstd = self.actor_logstd  # (A,)
         if action is None and deterministic:
             action = mean
         elif action is None:
-            action = mean + logstd.exp() * torch.randn_like(mean)  # [cont 1]
-        # by hand: torch.distributions.Normal makes a compiled run an eighth slower
+            action = mean + logstd.exp() * torch.randn_like(mean)  # Gaussian [cont 1]
         log_peak = -logstd - 0.5 * math.log(2 * math.pi)  # (A,) log density at the mean
         log_density = log_peak - 0.5 * ((action - mean) / logstd.exp()) ** 2  # (N, A)
         logprob = log_density.sum(-1)  # [cont 3] components are independent
@@ -185,8 +184,8 @@ class Agent(nn.Module):
 
 
 def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
-    """Generalised advantage estimation [core 5]: (advantages, returns), (T, N) each; PPO paper, eq. 11, 12;
-    https://arxiv.org/abs/1506.02438.
+    """Generalised advantage estimation [core 5], https://arxiv.org/abs/1506.02438; PPO paper, eq. 11, 12.
+    Returns (advantages, returns), (T, N) each.
 
     rewards, values, dones: (T, N). dones[t] is 1 where action t ended the episode. If it was truncated,
     rewards[t] already contains gamma * V(final observation). next_value: (N,), V after the last step.
@@ -204,8 +203,8 @@ def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
 
 
 def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, values, args, kl_coef=None):
-    """Loss to minimise, minus eq. 9 of https://arxiv.org/abs/1707.06347, and a dict of detached scalars. All
-    tensors: (M,).
+    """(loss, stats): what to minimise, eq. 9 of https://arxiv.org/abs/1707.06347 with its sign turned, and a
+    dict of detached scalars. All tensors: (M,).
 
     newlogprob, entropy, newvalue: of the current weights; logprobs, values: of the weights that made the
     rollout. args: anything with clip_coef, clip_vloss, ent_coef, vf_coef, norm_adv. kl_coef: beta of the KL
@@ -226,7 +225,7 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
         pg_loss = (-advantages * ratio + kl_coef * kl).mean()
 
     v_error = (newvalue - returns) ** 2
-    if args.clip_vloss:  # [core 9] or that of V clipped near its old value, if larger
+    if args.clip_vloss:  # [core 9] the larger of this error and that of V moved by at most clip_coef
         change = (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
         v_error = torch.max(v_error, (values + change - returns) ** 2)
     v_loss = 0.5 * v_error.mean()
@@ -246,7 +245,7 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
 
 @torch.no_grad()
 def adapt_kl_coef(kl_coef, agent, batch, target):
-    """Double or halve kl_coef for the next update, PPO paper, section 4; KL(old || new) of this one."""
+    """Double, halve or keep kl_coef for the next update (PPO paper, section 4). Returns KL(old || new)."""
     _, newlogprob, _, _ = agent.get_action_and_value(batch["obs"], batch["actions"])
     logratio = newlogprob - batch["logprobs"]
     kl = (logratio.exp() - 1 - logratio).mean().item()  # on the whole batch
@@ -261,11 +260,11 @@ def adapt_kl_coef(kl_coef, agent, batch, target):
 def compute_gradients(agent, batch, mb_inds, args, kl_coef=None):
     """Put the clipped gradient of the loss into .grad; return the stats. mb_inds, (M,): rows of the batch."""
     mb = {name: x.index_select(0, mb_inds) for name, x in batch.items()}  # (M, ...), faster than x[mb_inds]
-    _, *new = agent.get_action_and_value(mb["obs"], mb["actions"])
-    old = mb["logprobs"], mb["advantages"], mb["returns"], mb["values"]
-    loss, stats = ppo_loss(*new, *old, args, kl_coef)
+    _, newlogprob, entropy, newvalue = agent.get_action_and_value(mb["obs"], mb["actions"])
+    rest = mb["logprobs"], mb["advantages"], mb["returns"], mb["values"]
+    loss, stats = ppo_loss(newlogprob, entropy, newvalue, *rest, args, kl_coef)
     loss.backward()
-    # [core 11] one norm over policy and V; an infinite limit only measures it; foreach=False compiles
+    # [core 11] one norm over policy and V; inf only measures it; torch.compile needs foreach=False
     limit = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
     norm = nn.utils.clip_grad_norm_(agent.parameters(), limit, foreach=False)
     return stats | {"grad_norm": norm}
@@ -359,13 +358,13 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
             losses = {x: torch.stack([stats[x] for stats in step_stats]).mean().item() for x in step_stats[0]}
             charts["action_std"] = agent.actor_logstd.exp().mean().item()
             check_finite(losses, agent, global_step)  # [ours 5] before it is saved
-            if returns.var() > 0:  # 1: V is right, 0: no better than the mean of the returns
+            if returns.var() > 0:  # V before the update; 1: right up to a constant, 0: no better than one
                 losses["explained_variance"] = 1 - (returns - values).var() / returns.var()
             charts["SPS"] = (global_step - start_step) / (time.time() - start_time)
             if len(envs.return_queue) > 0:  # the last 100 episodes
                 charts["episodic_return"] = float(np.mean(envs.return_queue))
                 charts["episodic_length"] = float(np.mean(envs.length_queue))
-            last_iteration = iteration == num_iterations or stop_requested()
+            last_iteration = global_step + B > args.total_timesteps or stop_requested()
             if iteration % args.save_every == 0 or last_iteration:
                 save_checkpoint(args, global_step, agent, optimizer, envs, kl_coef)
             write_log(writer, bar, charts, losses, global_step)
@@ -380,14 +379,14 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
 
 class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
     """Records the raw returns of whole episodes; scales the rewards that the agent learns from. gymnasium's
-    NormalizeReward would drop the last sum of every episode, and hide the raw returns."""
+    NormalizeReward would drop the last sum of each terminated episode, and not clip."""
 
     def __init__(self, envs, args):
         super().__init__(envs)
         self.space = envs.single_action_space
         self.norm_reward, self.gamma = args.norm_reward, args.gamma
-        self.discounted = np.zeros(self.num_envs)  # (N,) sum of the episode's rewards so far
-        self.reward_stats = 0.0, 1.0, 0.0  # mean, variance and count of self.discounted
+        self.discounted = np.zeros(self.num_envs)  # (N,) sum over the episode, older rewards count less
+        self.reward_stats = 0.0, 1.0, 0.0  # of self.discounted: mean, variance, count
 
     def step(self, actions):
         actions = actions.clip(self.space.low, self.space.high)  # [cont 5] the buffer keeps unclipped ones
@@ -404,7 +403,8 @@ class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
         return obs, rewards, terminated, truncated, infos
 
     def close(self, **kwargs):
-        super().close(terminate=True)  # waits for no worker of --vectorization async that died
+        dead = not all(x.is_alive() for x in getattr(self.unwrapped, "processes", []))
+        super().close(terminate=dead)  # a worker of --vectorization async that died would not answer
 
 
 class DropInfos(gym.Wrapper):
@@ -429,8 +429,7 @@ def check_observation(space, name):
         return
     numbers = gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary
     require(isinstance(space, numbers), f"{name} is {space}, no numbers: register an id that wraps it")
-    atari = "for Atari use ppo_atari.py, for others its variant `pixels`"
-    require(len(space.shape) != 3, f"{name} is pixels {space.shape}: {atari}")
+    require(len(space.shape) < 3, f"{name} is pixels {space.shape}: try ppo_atari.py or its variant `pixels`")
 
 
 def make_envs(args, num_envs, video_folder=None):
@@ -445,14 +444,17 @@ def make_envs(args, num_envs, video_folder=None):
         check_observation(env.observation_space, f"{name}: observation")
         actions = env.action_space
         fits = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1
-        require(fits, f"{name} acts in {actions}, not in a Box of vectors: try ppo_discrete.py")
+        hint = "ppo_discrete.py is for (Multi)Discrete from 0, ppo_continuous.py for a Box of vectors"
+        require(fits, f"{name} acts in {actions}: {hint}")
         bounds = np.abs([actions.low, actions.high]).max(0)
-        if (bounds < 0.1).any() or (np.isfinite(bounds) & (bounds > 10)).any():
+        far = (actions.low > 0) | (actions.high < 0) | (bounds < 0.1) | (np.isfinite(bounds) & (bounds > 10))
+        if far.any():
             hint = "register an id with gymnasium.wrappers.RescaleAction(env, -1, 1)"
-            gym.logger.warn(f"{name} acts in {actions}, but actions begin near 0 +- 1: {hint}")
+            gym.logger.warn(f"{name} acts in {actions}, but actions begin near 0: {hint}")
         if video_folder:
             require(util.find_spec("moviepy"), "--capture-video: pip install moviepy")
-            os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")  # no display
+            os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame and MuJoCo need no display
+            os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")
             env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: episode == 0)
         vector = gym.spaces.Box | gym.spaces.MultiBinary
         if not isinstance(env.observation_space, vector) or len(env.observation_space.shape) != 1:
@@ -498,9 +500,10 @@ def seed_everything(seed):
 
 
 # numbers are 0 or more, but for these
-RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9), "init_log_std": (-20, 20)}
+RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9)}
 RANGES |= dict.fromkeys(["num_envs", "num_steps", "save_every"], (1, math.inf))
 RANGES |= dict.fromkeys(["num_minibatches", "update_epochs", "hidden_sizes"], (1, math.inf))
+RANGES |= {"init_log_std": (-20, 20)}
 
 
 def prepare(args):
@@ -526,7 +529,7 @@ def prepare(args):
     least = B + (checkpoint["global_step"] if checkpoint else 0)
     require(args.total_timesteps >= least, f"--total-timesteps {args.total_timesteps}: use at least {least}")
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}".replace("/", "-")
-    args.run_dir = args.run_dir if args.run_dir else f"runs/{name}"
+    args.run_dir = args.run_dir or f"runs/{name.replace(':', '-')}"
     newest = Path(args.run_dir, "checkpoint.pt")
     free = not newest.exists() or (checkpoint and newest.samefile(checkpoint["path"]))
     require(free, f"--run-dir {args.run_dir} holds a checkpoint: name another, or --resume {args.run_dir}")
@@ -589,8 +592,9 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
         run_dir = str(path.parent) if path.name == "checkpoint.pt" else ""
         args = Args(**checkpoint["args"] | {"run_dir": run_dir})
-        spaces = [gym.spaces.Box(-math.inf, math.inf, x) for x in checkpoint["shapes"]]
-        agent = Agent(*spaces, args)
+        obs_shape, actions = checkpoint["shapes"]
+        kind = partial(gym.spaces.Box, -math.inf, math.inf)
+        agent = Agent(gym.spaces.Box(-math.inf, math.inf, obs_shape), kind(actions), args)
         agent.load_state_dict(checkpoint["agent"])
     except Exception as error:  # torch.load does not say what a damaged file raises
         reason = " ".join(f"{error!r:.200}".split())
@@ -611,9 +615,11 @@ def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=2**30, captu
     saved = load_checkpoint(checkpoint)
     args, agent = dataclasses.replace(saved["args"], **changes), saved["trained"]
     folder = saved["path"].parent / "videos" / f"step-{saved['global_step']}-seed-{seed}"
-    seed_everything(seed)
     returns = []
     with closing(make_envs(args, 1, str(folder) if capture_video else None)) as envs:
+        fits = Agent(envs.single_observation_space, envs.single_action_space, args).shapes == agent.shapes
+        require(fits, f"--env-id {args.env_id} has observations or actions of other shapes than the agent")
+        seed_everything(seed)
         obs, _ = envs.reset(seed=seed)
         for _ in tqdm(range(num_episodes), unit="episode", disable=None):
             infos = {}
@@ -643,12 +649,10 @@ def open_log(args, global_step, device):
         import wandb
 
         owner = {"project": args.wandb_project_name, "entity": args.wandb_entity or None}
-        name = Path(args.run_dir).name
-        wandb.init(**owner, name=name, config=vars(args), sync_tensorboard=True)
+        wandb.init(**owner, name=Path(args.run_dir).name, config=vars(args), sync_tensorboard=True)
     B = args.num_steps * args.num_envs
-    iterations = args.total_timesteps // B
-    total = iterations * B
-    print(f"{args.run_dir}: {iterations} iterations of {B} steps = {total:,} on {device}", flush=True)
+    total = args.total_timesteps // B * B
+    print(f"{args.run_dir}: {total // B} iterations of {B} steps = {total:,} on {device}", flush=True)
     writer = SummaryWriter(args.run_dir, purge_step=global_step + 1)  # later points are of an earlier run
     writer.add_text("hyperparameters", "  \n".join(f"{x}: {y}" for x, y in vars(args).items()))
     scale = {"total": total, "initial": global_step, "unit": "step", "unit_scale": True}
@@ -672,7 +676,7 @@ def write_log(writer, bar, charts, losses, global_step):
 
 def main():
     """The command line. Exit codes: 2 bad input, 1 nan, 128 + its number for a signal (Ctrl-C: 130)."""
-    command = f"python {sys.argv[0]}"
+    command = shlex.join(["python", sys.argv[0]])
     received = []  # signals
     signals = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # not on Windows
 

@@ -7,6 +7,7 @@ by FakeAtari, which stands in for ale_py.AtariVectorEnv. All of them refuse an a
 import math
 import os
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -122,6 +123,14 @@ class Dies(Count):
         if self.count == 1 and self.tag % 2:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().step(action)
+
+
+class Closes(Count):
+    """Leaves a file when it is closed, so that a test sees it, in whatever process."""
+
+    def close(self):
+        if hasattr(self, "tag"):  # gymnasium makes one more, only to look at its spaces
+            Path(f"closed-{self.tag}").touch()
 
 
 class Nan(Count):
@@ -270,6 +279,7 @@ def ids(obs):
 STUBS = {"Stateless": (Stub, {})}
 STUBS |= {name: (Count, story) for name, story in STORIES.items()}
 STUBS |= {"OddInfos": (OddInfos, {"ends": THREE}), "Dies": (Dies, {"ends": THREE})}
+STUBS |= {"Closes": (Closes, {"ends": THREE})}
 STUBS |= {
     f"{name}{what.title()}": (Nan, {"what": what, "bad": bad})
     for what in ("reward", "observation")

@@ -263,5 +263,7 @@ def test_what_the_docstrings_say_was_measured_is_what_the_rows_have():
     assert f"Measured: {cartpole}, LunarLander-v3 {lunarlander} after" in docs["ppo_discrete"]
     halfcheetah = ", ".join(f"{x:.0f}" for x in played["halfcheetah"])
     assert f"Measured: HalfCheetah-v5 {halfcheetah} after" in docs["ppo_continuous"]
-    (breakout,), (pong,) = played["breakout-10m"], played["pong-10m"]
-    assert f"Measured: Breakout {breakout:.0f}, Pong {pong:.1f} (100" in docs["ppo_atari"]
+    games = {"Breakout": ".0f", "Pong": ".1f", "BeamRider": ".0f"}
+    of_games = {x: ", ".join(f"{y:{form}}" for y in played[f"{x.lower()}-10m"]) for x, form in games.items()}
+    measured = ", ".join(f"{x} {returns}" for x, returns in of_games.items())
+    assert f"Measured: {measured} after" in docs["ppo_atari"]

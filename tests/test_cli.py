@@ -104,6 +104,23 @@ def test_games_and_minibatches_are_shared_by_the_processes_of_torchrun(atari, re
     refused(atari, sizes, "--num-envs 4 / 2 processes = 64 in --num-minibatches 64")
 
 
+def test_each_process_of_torchrun_has_a_gpu_of_its_own(atari, monkeypatch):
+    """It is chosen before anything is put on "cuda", which means the first GPU otherwise."""
+    chosen = []
+
+    def stop(*_):
+        raise InterruptedError
+
+    monkeypatch.setattr(atari, "WORLD_SIZE", 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(atari, "prepare", lambda args: (args, None))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(atari, "Agent", stop)
+    with pytest.raises(InterruptedError):
+        atari.train(atari.Args(device="cuda", num_envs=2))
+    assert chosen == [1]
+
+
 def test_not_a_number_exits_with_1(discrete, cli):
     """In one line; what was saved before is kept."""
     flags = ["--env-id", "stub_envs:NanReward-v0", "--num-steps", "8", "--save-every", "1"]

@@ -263,7 +263,7 @@ OTHER_NAMES = {
     "render",
     "render_modes",
 }
-OTHER_NAMES |= {"ruff", "uv"}
+OTHER_NAMES |= {"Normal", "ruff", "uv"}
 
 
 def test_names_in_the_text_exist():

@@ -144,8 +144,8 @@ def test_observations_that_are_no_numbers_are_refused(mlp_script, refused, monke
         ("ppo_discrete", Discrete(3, start=1), "Discrete from 0"),
         ("ppo_discrete", Tuple([Discrete(2), Discrete(2)]), "(Multi)Discrete"),
         ("ppo_continuous", MultiDiscrete([2, 2]), "ppo_discrete.py"),
-        ("ppo_continuous", Box(-1, 1, (), np.float32), "not in a Box of vectors"),
-        ("ppo_continuous", Box(-1, 1, (2, 2), np.float32), "not in a Box of vectors"),
+        ("ppo_continuous", Box(-1, 1, (), np.float32), "ppo_continuous.py for a Box of vectors"),
+        ("ppo_continuous", Box(-1, 1, (2, 2), np.float32), "ppo_continuous.py for a Box of vectors"),
     ],
 )
 def test_actions_of_another_kind_are_refused(refused, monkeypatch, name, space, words):
@@ -156,7 +156,10 @@ def test_actions_of_another_kind_are_refused(refused, monkeypatch, name, space, 
 # --- and these are subtle ---
 
 
-@pytest.mark.parametrize("low, high, warns", [(300, 500, True), (-0.01, 0.01, True), (-2, 2, False)])
+@pytest.mark.parametrize(
+    "low, high, warns",
+    [(300, 500, True), (-0.01, 0.01, True), (2, 5, True), (-5, -2, True), (0, 1, False), (-2, 2, False)],
+)
 def test_actions_that_cannot_be_learned_are_not_silent(continuous, monkeypatch, low, high, warns):
     """The policy begins with actions near 0, of a size of about 1."""
     env_id = make("ppo_continuous", monkeypatch, action_space=Box(low, high, (2,), np.float32))

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import ale_py
 import gymnasium as gym
@@ -51,6 +52,13 @@ def test_odd_infos_do_no_harm(discrete, train, make, vectorization):
     assert infos["episode"]["r"].tolist() == [3.0] * 3
     result = train(discrete, "OddInfos", vectorization=vectorization)
     assert discrete.evaluate(result["run_dir"], 3).tolist() == [3.0] * 3
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_environments_are_closed(discrete, train, vectorization):
+    """Each of them, in its worker too: it may hold a simulator, a file or a connection."""
+    train(discrete, "Closes", vectorization=vectorization, seed=5)
+    assert sorted(path.name for path in Path().glob("closed-*")) == ["closed-5", "closed-6"]
 
 
 # --- rewards of vector environments ---

@@ -26,6 +26,14 @@ def run(train):
     return lambda script, env_id, **flags: train(script, env_id, **flags)["run_dir"] / "checkpoint.pt"
 
 
+@pytest.mark.parametrize("env_id", ["Acrobot-v1", "MountainCar-v0"])
+def test_an_environment_of_other_shapes_is_refused(discrete, run, cli, env_id):
+    """Six numbers are observed where the agent knows four, or two where it has three actions."""
+    path = run(discrete, "CartPole-v1")
+    code, _, err = cli(discrete, "--evaluate", str(path), "--env-id", env_id)
+    assert code == 2 and err.startswith(f"error: --env-id {env_id} has "), err
+
+
 # --- whole episodes, raw returns [B35] ---
 
 
