@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("discrete", "continuous", "atari")
 NOT_MEASURED = "not measured"
 TAG = re.compile(r"\[((?:core|cont|atari|ours) \d+)\]")
-DEFAULTS = ("classic", "mujoco-v5", "atari-10m")  # groups of recipes, one per task
+DEFAULTS = ("classic", "mujoco-v5", "mujoco-v4", "atari-10m")  # groups of recipes, one per task
 ABLATIONS = {"classic": "classic control", "mujoco": "MuJoCo", "atari": "Breakout"}
 SPEEDS = {  # columns of speed.csv: those of a table, with their form
     "sps": ("steps/s", "{:,.0f}"),
