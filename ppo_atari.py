@@ -139,13 +139,13 @@ class Agent(nn.Module):
         return self.critic(self.features(obs)).squeeze(-1)
 
     def get_action_and_value(self, obs, action=None, deterministic=False):
-        """Action (given, sampled or most probable), its log-probability, the policy's entropy, V: (N,) each.
+        """Action (given, sampled or most probable); (N,) each: its log-probability, the policy's entropy, V.
         obs: (N, 4, 84, 84) uint8."""
         features = self.features(obs)
         logprobs = self.actor(features).log_softmax(-1)  # (N, actions)
         if action is None and deterministic:
             action = logprobs.argmax(-1)
-        elif action is None:  # a sample is the argmax of logprobs + Gumbel noise
+        elif action is None:  # a sample: argmax of logprobs + Gumbel noise, which is -log(exponential)
             exponential = torch.empty_like(logprobs).exponential_()
             action = (logprobs - exponential.log()).argmax(-1)
         logprob = logprobs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
