@@ -271,10 +271,10 @@ def compute_gradients(agent, batch, mb_inds, args, kl_coef=None):
 
 
 def train(args, stop_requested=lambda: False, compute_gradients=compute_gradients):
-    """Train an agent. Returns a dict: episodic_return (mean of the last up to 100 raw returns, nan if no
-    episode ended), global_step, run_dir, agent. stop_requested(): asked once per iteration; True saves and
-    ends the run. To resume: dataclasses.replace(load_checkpoint(path)["args"], resume=path, ...).
-    UsageError (a ValueError) for bad input, before anything is written; FloatingPointError for nan.
+    """Train an agent. Returns a dict: episodic_return (mean of the last 100 raw returns, nan if no episode
+    ended), global_step, run_dir, agent. stop_requested(): asked once per iteration; True saves and ends the
+    run. compute_gradients: yours, in place of the one above. UsageError for bad input, before anything is
+    written; FloatingPointError for nan. To resume: dataclasses.replace(load_checkpoint(x)["args"], resume=x).
     """
     args, checkpoint = prepare(args)  # seeds; checkpoint: of --resume, or None
     T, N = args.num_steps, args.num_envs
