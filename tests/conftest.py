@@ -11,6 +11,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -191,8 +192,13 @@ def watch(monkeypatch):
 
 def scalars(result):
     """All that TensorBoard would show: {name: [value of each iteration]}."""
-    events = EventAccumulator(str(result["run_dir"]), size_guidance={"scalars": 0})
-    events.Reload()
+    # TensorBoard sorts files by name, and so those of one second wrongly: the tenth before the ninth
+    files = sorted(result["run_dir"].glob("events.*"), key=lambda x: [*map(int, re.findall(r"\d+", x.name))])
+    with tempfile.TemporaryDirectory() as folder:
+        for number, file in enumerate(files):
+            shutil.copy(file, Path(folder, f"events.out.tfevents.{number:06}"))
+        events = EventAccumulator(folder, size_guidance={"scalars": 0})
+        events.Reload()
     return {
         name: [x.value for x in sorted(events.Scalars(name), key=lambda x: x.step)]
         for name in events.Tags()["scalars"]
