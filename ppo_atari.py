@@ -485,8 +485,7 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
-# numbers are 0 or more, but for these
-RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9)}
+RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9)}  # others: 0 or more
 RANGES |= dict.fromkeys(["num_envs", "num_steps", "save_every"], (1, math.inf))
 RANGES |= dict.fromkeys(["num_minibatches", "update_epochs"], (1, math.inf))
 

@@ -449,12 +449,10 @@ def make_envs(args, num_envs, video_folder=None):
         bounds = np.abs([actions.low, actions.high]).max(0)
         far = (actions.low > 0) | (actions.high < 0) | (bounds < 0.1) | (np.isfinite(bounds) & (bounds > 10))
         if far.any():
-            hint = "register an id with gymnasium.wrappers.RescaleAction(env, -1, 1)"
-            gym.logger.warn(f"{name} acts in {actions}, but actions begin near 0: {hint}")
+            gym.logger.warn(f"{name} acts in {actions}, not about [-1, 1]: use RescaleAction(env, -1, 1)")
         if video_folder:
             require(util.find_spec("moviepy"), "--capture-video: pip install moviepy")
-            os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame and MuJoCo need no display
-            os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")
+            os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")  # no display
             env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: episode == 0)
         vector = gym.spaces.Box | gym.spaces.MultiBinary
         if not isinstance(env.observation_space, vector) or len(env.observation_space.shape) != 1:
@@ -499,8 +497,7 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
-# numbers are 0 or more, but for these
-RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9)}
+RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9)}  # others: 0 or more
 RANGES |= dict.fromkeys(["num_envs", "num_steps", "save_every"], (1, math.inf))
 RANGES |= dict.fromkeys(["num_minibatches", "update_epochs", "hidden_sizes"], (1, math.inf))
 RANGES |= {"init_log_std": (-20, 20)}
@@ -593,8 +590,7 @@ def load_checkpoint(path):
         run_dir = str(path.parent) if path.name == "checkpoint.pt" else ""
         args = Args(**checkpoint["args"] | {"run_dir": run_dir})
         obs_shape, actions = checkpoint["shapes"]
-        kind = partial(gym.spaces.Box, -math.inf, math.inf)
-        agent = Agent(gym.spaces.Box(-math.inf, math.inf, obs_shape), kind(actions), args)
+        agent = Agent(gym.spaces.Box(-math.inf, math.inf, obs_shape), gym.spaces.Box(-1, 1, actions), args)
         agent.load_state_dict(checkpoint["agent"])
     except Exception as error:  # torch.load does not say what a damaged file raises
         reason = " ".join(f"{error!r:.200}".split())

@@ -452,8 +452,7 @@ def make_envs(args, num_envs, video_folder=None):
         require(fits, f"{name} acts in {actions}: {hint}")
         if video_folder:
             require(util.find_spec("moviepy"), "--capture-video: pip install moviepy")
-            os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame and MuJoCo need no display
-            os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")
+            os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")  # no display
             env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: episode == 0)
         vector = gym.spaces.Box | gym.spaces.MultiBinary
         if not isinstance(env.observation_space, vector) or len(env.observation_space.shape) != 1:
@@ -498,8 +497,7 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
-# numbers are 0 or more, but for these
-RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9)}
+RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9)}  # others: 0 or more
 RANGES |= dict.fromkeys(["num_envs", "num_steps", "save_every"], (1, math.inf))
 RANGES |= dict.fromkeys(["num_minibatches", "update_epochs", "hidden_sizes"], (1, math.inf))
 

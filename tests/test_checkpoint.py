@@ -221,10 +221,10 @@ def test_reward_statistics_are_saved_and_go_on(discrete, train):
 
 
 def test_a_run_resumed_with_a_larger_batch_takes_no_step_too_many(script, train):
-    """32 of 100 steps are done: two batches of 32 more fit, not three."""
-    half = train(script, REAL[script.__name__], 2, **normalised(script))
-    result = resume(script, half, total_timesteps=100, num_steps=16)
-    assert result["global_step"] == 96
+    """48 of 100 steps are done, which is no multiple of 32: one batch of 32 more fits, not two."""
+    part = train(script, REAL[script.__name__], 3, **normalised(script))
+    result = resume(script, part, total_timesteps=100, num_steps=16)
+    assert result["global_step"] == 80
 
 
 def test_a_copy_beside_the_checkpoint_begins_a_run_of_its_own(discrete, train):
