@@ -13,6 +13,7 @@ All else stays as it is; a second run changes nothing. tests/test_docs.py fails 
 import functools
 import re
 import statistics
+from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
@@ -118,6 +119,28 @@ def recipes_table(group):
     return table_of([{"published": "published PPO"}.get(x, x) for x in header], rows)
 
 
+def chance(one, other):
+    """How often a random split of all numbers has means at least as far apart: an exact permutation test."""
+    total, splits = [*one, *other], combinations(range(len(one) + len(other)), len(one))
+    sums = [sum(total[i] for i in split) for split in splits]
+    middle = sum(total) * len(one) / len(total)  # of the sums
+    distance = abs(sum(one) - middle) - 1e-9  # rounding
+    return sum(abs(x - middle) >= distance for x in sums) / len(sums)
+
+
+def tianshou_table():
+    """The defaults beside the last test of Tianshou's ten seeds within 1M steps, from tianshou.csv."""
+    theirs, rows = rows_of("tianshou"), []
+    name = theirs["task"].str.split("-").str[0]  # without the version
+    for recipe, entry in (group_of("mujoco-v5") | group_of("mujoco-v4")).items():
+        ours, of_task = list(runs_of(recipe)["eval_sampled"]), theirs[name == entry["env_id"].split("-")[0]]
+        if len(ours) > 1 and len(of_task):
+            returns = list(of_task["return"])
+            version = of_task["task"].iloc[0].split("-")[1]
+            rows.append([entry["env_id"], both(ours), both(returns), version, f"{chance(ours, returns):.3f}"])
+    return table_of(["environment", "defaults", "Tianshou", "its version", "chance"], rows)
+
+
 def scores():
     """{(group, variant): `0.71 (0.60 to 0.82)`}, in bold where it is clear, from ablation.csv."""
     cells = {}
@@ -211,6 +234,7 @@ def where(tag):
 TABLES = {
     "recipes": recipes_table,
     "variants": variants_table,
+    "beside Tianshou": tianshou_table,
     "speed": lambda: speed_table(speeds()),
     "speed on a GPU": lambda: speed_table(speeds("gpu")),
     "threads": lambda: speed_table(speeds("threads"), "one thread"),

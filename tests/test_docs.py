@@ -117,6 +117,13 @@ def test_means_and_spreads():
     assert update_docs.mean_and_spread([]) == "not measured"
 
 
+def test_chance_is_the_share_of_splits_that_are_at_least_as_far_apart():
+    assert update_docs.chance([1, 2], [3, 4]) == pytest.approx(2 / 6)  # {1, 2} and {3, 4}
+    assert update_docs.chance([2, 3], [1, 4]) == 1
+    assert update_docs.chance([9], [1, 2, 3]) == pytest.approx(1 / 4)
+    assert update_docs.chance([1, 1], [1, 1, 1]) == 1
+
+
 # --- links ---
 
 
