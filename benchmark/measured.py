@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import resource
+import runpy
 import sys
 import time
 import types
@@ -21,9 +22,9 @@ def around(holder, name, before=int, after=int):
     """Call before and after, which do nothing by default, around each call of holder.name."""
     function = getattr(holder, name)
 
-    def wrapped(*args):
+    def wrapped(*args, **kwargs):
         before()
-        result = function(*args)
+        result = function(*args, **kwargs)
         after()
         return result
 
@@ -153,6 +154,33 @@ def measure_sb3(args, job):
     model.learn(args.total_timesteps, Watch())
 
 
+def measure_cleanrl(args, job):
+    """CleanRL's script as it is, of its release 1.2.0 in the folder CLEANRL, with these arguments."""
+    import torch
+    from torch.utils.tensorboard import SummaryWriter
+
+    names = {"ppo_discrete": ("ppo", "gym"), "ppo_continuous": ("ppo_continuous_action", "gymnasium")}
+    name, package = names[job["script"]]
+    torch.set_num_threads(args.num_threads or torch.get_num_threads())
+    clock, add_scalar = Clock(job, args), SummaryWriter.add_scalar
+    clock.watch(importlib.import_module(package).vector.SyncVectorEnv)
+    around(torch, "zeros_like", before=clock.rollout_ended)  # once per iteration, for the advantages
+
+    def logged(writer, tag, *args):
+        add_scalar(writer, tag, *args)
+        if tag == "charts/SPS":
+            clock.iteration_ended()
+
+    SummaryWriter.add_scalar = logged
+    same = ("env_id", "total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs", "seed")
+    same += ("learning_rate", "gamma", "gae_lambda", "clip_coef", "ent_coef", "vf_coef", "max_grad_norm")
+    path = Path(os.environ["CLEANRL"], f"{name}.py").resolve()
+    sys.argv = [str(path), *(f"--{x.replace('_', '-')}={getattr(args, x)}" for x in same)]
+    Path(args.run_dir).mkdir()
+    os.chdir(args.run_dir)
+    runpy.run_path(str(path), run_name="__main__")
+
+
 def products(script, envs, args, obs):
     """The matrix products and convolutions of a forward pass, and those of a backward pass, as functions."""
     torch, forward, backward = script.torch, [], []
@@ -209,8 +237,9 @@ def measure_limit(script, args, job):
 
 
 def main(job):
-    if job["program"].startswith("sb3"):
-        measure_sb3(types.SimpleNamespace(**job["flags"]), job)
+    others = {"sb3": measure_sb3, "cleanrl": measure_cleanrl}
+    if other := others.get(job["program"].split()[0]):
+        other(types.SimpleNamespace(**job["flags"]), job)
         return
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     script = importlib.import_module(job["script"])

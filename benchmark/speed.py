@@ -3,6 +3,7 @@
     pip install -r benchmark/requirements.txt
     python benchmark/speed.py                         # all that this machine can do: speed.csv
     python benchmark/speed.py --tasks cartpole "growth cartpole" --rounds 20
+    CLEANRL=cleanrl CLEANRL_PYTHON=venv/bin/python python benchmark/speed.py --tasks "cleanrl cartpole"
 
 Each program is a process of its own (measured.py), with its own start and peak of memory, on the CPU but for
 the tasks called gpu. After two iterations they take turns of some seconds, one at a time, so that whatever
@@ -29,7 +30,6 @@ import pandas as pd
 import torch
 import tyro
 from recipes import processor
-from update_docs import speed_table
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -51,9 +51,11 @@ def start(script, program, settings, run_dir):
     flags = {"device": "cpu"} | settings | {"total_timesteps": 10**9, "run_dir": run_dir}
     job = {"script": script, "program": program, "born": time.time()}
     job["iterations"] = flags.pop("iterations")
-    if program.startswith("sb3"):
-        flags = dataclasses.asdict(importlib.import_module(script).Args(**flags))
-    command = [sys.executable, str(HERE / "measured.py"), json.dumps(job | {"flags": flags})]
+    if program.startswith(("sb3", "cleanrl")):
+        threads = {"num_threads": flags.get("num_threads", 0)}  # else their own choice, not the script's
+        flags = dataclasses.asdict(importlib.import_module(script).Args(**flags)) | threads
+    python = os.environ["CLEANRL_PYTHON"] if program.startswith("cleanrl") else sys.executable
+    command = [python, str(HERE / "measured.py"), json.dumps(job | {"flags": flags})]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, **pipes, text=True)
     read(process)
@@ -132,10 +134,11 @@ def main(tasks: tuple[str, ...] = (), rounds: int = 10):
     sys.path.append(str(ROOT))  # for the scripts
     os.environ.pop("OMP_NUM_THREADS", None)  # programs take the threads that they take by themselves
     measured = []
-    for task in tasks or [x for x in read_tasks() if torch.cuda.is_available() or not x.startswith("gpu")]:
+    able = {"gpu": torch.cuda.is_available(), "cleanrl": "CLEANRL" in os.environ}
+    for task in tasks or [x for x in read_tasks() if able.get(x.split()[0], True)]:
         measured.append(take_turns(task, *read_tasks()[task], rounds))
         save(measured[-1])
-    print(speed_table(pd.concat(measured)))
+    print(pd.concat(measured).groupby(["task", "program"], sort=False)["sps"].median().to_string())
 
 
 if __name__ == "__main__":

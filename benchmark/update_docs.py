@@ -177,7 +177,7 @@ def without(tag):
 def speeds(kind=""):
     """The rows of speed.csv whose tasks begin with this word; without one: beside SB3, on the CPU."""
     rows = rows_of("speed")
-    words = rows["task"].str.extract("^(gpu|threads|growth) ", expand=False).fillna("")
+    words = rows["task"].str.extract("^(gpu|cleanrl|threads|growth) ", expand=False).fillna("")
     return rows[words == kind].assign(task=rows["task"].str.removeprefix(f"{kind} "))
 
 
@@ -194,7 +194,7 @@ def speed_table(rows, base="sb3"):
     low, high = (groups["ratio"].quantile(q).map("{:.2f}".format) for q in (0.25, 0.75))
     cells["ratio"] = (cells["ratio"] + " (" + low + " to " + high + ")").where(low != "nan", NOT_MEASURED)
     header = [SPEEDS[column][0] for column in columns]
-    header[1] += f" {base}".replace("sb3", "SB3")
+    header[1] += f" {base}".replace("sb3", "SB3").replace("cleanrl", "CleanRL")
     return table_of(["task", "program", *header], cells.reset_index().values.tolist())
 
 
@@ -237,6 +237,7 @@ TABLES = {
     "beside Tianshou": tianshou_table,
     "speed": lambda: speed_table(speeds()),
     "speed on a GPU": lambda: speed_table(speeds("gpu")),
+    "speed beside CleanRL": lambda: speed_table(speeds("cleanrl"), "cleanrl"),
     "threads": lambda: speed_table(speeds("threads"), "one thread"),
     "growth": growth_table,
 }
