@@ -33,7 +33,7 @@ from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from importlib import util
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import ale_py
 import gymnasium as gym
@@ -321,14 +321,12 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
             batch |= {"advantages": advantages, "returns": returns}
             batch = {name: x.flatten(0, 1) for name, x in batch.items()}  # (B, ...)
             step_stats = []  # of each optimiser step
-            kl_exceeded = False
             for _ in range(args.update_epochs):
                 for mb_inds in torch.randperm(T * N, device=device).split(M):  # (M,)
                     optimizer.zero_grad()
                     stats = compute_gradients(agent, batch, mb_inds, args, kl_coef)
-                    if args.target_kl > 0 and step_stats:  # the first step is always taken
-                        kl_exceeded = bool(stats["approx_kl"] > args.target_kl)
-                    if kl_exceeded:  # [ours 3] earlier steps went too far: drop this gradient
+                    kl_exceeded = len(step_stats) > 0 and 0 < args.target_kl < stats["approx_kl"]
+                    if kl_exceeded:  # [ours 3] earlier steps, if any, went too far: drop this gradient
                         break
                     optimizer.step()
                     step_stats.append(stats)
@@ -493,16 +491,19 @@ RANGES |= dict.fromkeys(["num_minibatches", "update_epochs"], (1, math.inf))
 def prepare(args):
     """Check and seed. Returns the arguments, run_dir filled in, and the checkpoint of --resume or None."""
     args = dataclasses.replace(args)
-    for name, default in vars(Args()).items():
-        value = np.array(getattr(args, name)).tolist()  # numpy's numbers cannot be saved
-        setattr(args, name, type(default)(value))
-        low, high = RANGES.get(name, (0, math.inf))
-        numbers = [] if isinstance(default, str) else np.ravel(value)
-        fits = all(low <= x <= high and x < math.inf for x in numbers)
-        wanted = f"{low} or more" if high == math.inf else f"{low} to {high}"
-        require(fits, f"--{name.replace('_', '-')} {value}: use {wanted}")
-    shared = f"--num-envs {args.num_envs}: use a multiple of {WORLD_SIZE}, the processes of torchrun"
-    require(args.num_envs % WORLD_SIZE == 0, shared)
+    for field in dataclasses.fields(args):
+        flag = f"--{field.name.replace('_', '-')}"
+        value = np.array(getattr(args, field.name)).tolist()  # numpy's numbers cannot be saved
+        setattr(args, field.name, type(field.default)(value))
+        if get_origin(field.type) is Literal:
+            require(value in get_args(field.type), f"{flag} {value}: use one of {get_args(field.type)}")
+        elif not isinstance(field.default, str):
+            low, high = RANGES.get(field.name, (0, math.inf))
+            fits = all(low <= x <= high and x < math.inf for x in np.ravel(value))
+            wanted = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            require(fits, f"{flag} {value}: use {wanted}")
+    shared = args.num_envs % WORLD_SIZE == 0
+    require(shared, f"--num-envs {args.num_envs}: use a multiple of {WORLD_SIZE}, the processes of torchrun")
     B, parts = args.num_steps * args.num_envs // WORLD_SIZE, args.num_minibatches  # of one process
     equal = B % parts == 0 and (B > parts or not args.norm_adv)  # one advantage has no std
     share = f"{args.num_envs}" if WORLD_SIZE == 1 else f"{args.num_envs} / {WORLD_SIZE} processes"
@@ -510,7 +511,6 @@ def prepare(args):
     require(equal, f"{sizes} must give equal parts of 2 or more (of 1 with --no-norm-adv): change one")
     found = args.device in ("auto", "cpu") or getattr(torch, args.device).is_available()
     require(found, f"--device {args.device}: torch finds none, use cpu")
-    require(args.objective in ("clip", "kl-penalty"), f"--objective {args.objective}: clip or kl-penalty")
     require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
 
     checkpoint = load_checkpoint(args.resume) if args.resume else None
@@ -617,8 +617,7 @@ def restore(checkpoint, agent, optimizer, envs, kl_coef):
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     except (RuntimeError, ValueError) as error:
-        hint = "--resume: of another network or environment, leave out flags that change these"
-        raise UsageError(hint) from error
+        raise UsageError("--resume: another network or environment, drop flags that change these") from error
     if kl_coef is not None and checkpoint["kl_coef"] is not None:
         kl_coef.copy_(checkpoint["kl_coef"])
     torch.set_rng_state(checkpoint["torch_rng"])
@@ -691,8 +690,9 @@ def open_log(args, global_step, device):
     if args.track:
         import wandb
 
-        owner = {"project": args.wandb_project_name, "entity": args.wandb_entity or None}
-        wandb.init(**owner, name=Path(args.run_dir).name, config=vars(args), sync_tensorboard=True)
+        run = {"project": args.wandb_project_name, "entity": args.wandb_entity or None}
+        run |= {"name": Path(args.run_dir).name, "reinit": "finish_previous"}
+        wandb.init(**run, config=vars(args), sync_tensorboard=True)
     B = args.num_steps * args.num_envs
     total = args.total_timesteps // B * B
     print(f"{args.run_dir}: {total // B} iterations of {B} steps = {total:,} on {device}", flush=True)
@@ -751,12 +751,12 @@ def main():
         if RANK > 0:
             return
         if args.evaluate or args.eval_episodes > 0:
-            how = args.deterministic, 2**30 + args.seed, args.capture_video
+            how = args.deterministic, (2**30 + args.seed) % 2**32, args.capture_video
             task = {"env_id": args.env_id, "max_episode_steps": args.max_episode_steps}
-            returns = evaluate(path, args.eval_episodes, *how, **task)
+            returns = evaluate(path, args.eval_episodes or 10, *how, **task)
             kind = f"{len(returns)} {'deterministic' if args.deterministic else 'sampled'} episodes"
-            margin = 1.96 * returns.std() / max(len(returns) - 1, 1) ** 0.5  # a normal 95 % interval
-            print(f"{returns.mean():.1f} +- {margin:.1f}: mean return of {kind}")
+            error = returns.std() / (len(returns) - 1) ** 0.5 if len(returns) > 1 else math.nan
+            print(f"{returns.mean():.1f} +- {1.96 * error:.1f}: mean return of {kind}, 95 % interval")
         if not args.evaluate:
             print(f"evaluate it: {command} --evaluate {quoted} --eval-episodes 100 --capture-video")
             print(f"look at it:  tensorboard --logdir {quoted}")

@@ -23,7 +23,6 @@ the episode; CleanRL keeps that in dones[t + 1].
 
 import dataclasses
 import math
-import multiprocessing
 import os
 import random
 import shlex
@@ -34,7 +33,7 @@ from contextlib import closing, contextmanager
 from functools import partial
 from importlib import util
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import gymnasium as gym
 import numpy as np
@@ -340,14 +339,12 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
             batch |= {"advantages": advantages, "returns": returns}
             batch = {name: x.flatten(0, 1) for name, x in batch.items()}  # (B, ...)
             step_stats = []  # of each optimiser step
-            kl_exceeded = False
             for _ in range(args.update_epochs):
                 for mb_inds in torch.randperm(B, device=device).split(M):  # (M,)
                     optimizer.zero_grad()
                     stats = compute_gradients(agent, batch, mb_inds, args, kl_coef)
-                    if args.target_kl > 0 and step_stats:  # the first step is always taken
-                        kl_exceeded = bool(stats["approx_kl"] > args.target_kl)
-                    if kl_exceeded:  # [ours 3] earlier steps went too far: drop this gradient
+                    kl_exceeded = len(step_stats) > 0 and 0 < args.target_kl < stats["approx_kl"]
+                    if kl_exceeded:  # [ours 3] earlier steps, if any, went too far: drop this gradient
                         break
                     optimizer.step()
                     step_stats.append(stats)
@@ -387,13 +384,13 @@ class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
 
     def __init__(self, envs, args):
         super().__init__(envs)
-        self.space = envs.single_action_space
         self.norm_reward, self.gamma = args.norm_reward, args.gamma
         self.discounted = np.zeros(self.num_envs)  # (N,) sum over the episode, older rewards count less
         self.reward_stats = 0.0, 1.0, 0.0  # of self.discounted: mean, variance, count
 
     def step(self, actions):
-        actions = actions.astype(self.space.dtype)
+        space = self.single_action_space
+        actions = actions.astype(space.dtype)
         obs, rewards, terminated, truncated, infos = super().step(actions)
         if self.norm_reward:  # [cont 8] no mean is subtracted: that would change the task
             self.discounted = self.gamma * self.discounted + rewards
@@ -437,9 +434,10 @@ def make_envs(args, num_envs, video_folder=None):
     """num_envs environments as one [core 1]; with a video_folder, the first episode is filmed.
     UsageError if they cannot be made or are not for this script."""
     name = f"--env-id {args.env_id}"
+    creator = os.getpid()
 
     def wrap(env):
-        if args.vectorization == "async" and multiprocessing.parent_process():  # a worker
+        if os.getpid() != creator:  # a worker of --vectorization async
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for main
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         check_observation(env.observation_space, f"{name}: observation")
@@ -505,20 +503,22 @@ RANGES |= dict.fromkeys(["num_minibatches", "update_epochs", "hidden_sizes"], (1
 def prepare(args):
     """Check and seed. Returns the arguments, run_dir filled in, and the checkpoint of --resume or None."""
     args = dataclasses.replace(args)
-    for name, default in vars(Args()).items():
-        value = np.array(getattr(args, name)).tolist()  # numpy's numbers cannot be saved
-        setattr(args, name, type(default)(value))
-        low, high = RANGES.get(name, (0, math.inf))
-        numbers = [] if isinstance(default, str) else np.ravel(value)
-        fits = all(low <= x <= high and x < math.inf for x in numbers)
-        wanted = f"{low} or more" if high == math.inf else f"{low} to {high}"
-        require(fits, f"--{name.replace('_', '-')} {value}: use {wanted}")
+    for field in dataclasses.fields(args):
+        flag = f"--{field.name.replace('_', '-')}"
+        value = np.array(getattr(args, field.name)).tolist()  # numpy's numbers cannot be saved
+        setattr(args, field.name, type(field.default)(value))
+        if get_origin(field.type) is Literal:
+            require(value in get_args(field.type), f"{flag} {value}: use one of {get_args(field.type)}")
+        elif not isinstance(field.default, str):
+            low, high = RANGES.get(field.name, (0, math.inf))
+            fits = all(low <= x <= high and x < math.inf for x in np.ravel(value))
+            wanted = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            require(fits, f"{flag} {value}: use {wanted}")
     B, parts = args.num_steps * args.num_envs, args.num_minibatches
     equal = B % parts == 0 and (B > parts or not args.norm_adv)  # one advantage has no std
     sizes = f"--num-steps {args.num_steps} x --num-envs {args.num_envs} = {B} in --num-minibatches {parts}"
     require(equal, f"{sizes} must give equal parts of 2 or more (of 1 with --no-norm-adv): change one")
     require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: torch finds none, use cpu")
-    require(args.objective in ("clip", "kl-penalty"), f"--objective {args.objective}: clip or kl-penalty")
     require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
 
     checkpoint = load_checkpoint(args.resume) if args.resume else None
@@ -569,8 +569,7 @@ def restore(checkpoint, agent, optimizer, envs, kl_coef):
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     except (RuntimeError, ValueError) as error:
-        hint = "--resume: of another network or environment, leave out flags that change these"
-        raise UsageError(hint) from error
+        raise UsageError("--resume: another network or environment, drop flags that change these") from error
     if kl_coef is not None and checkpoint["kl_coef"] is not None:
         kl_coef.copy_(checkpoint["kl_coef"])
     envs.reward_stats = checkpoint["reward_stats"]
@@ -644,8 +643,9 @@ def open_log(args, global_step, device):
     if args.track:
         import wandb
 
-        owner = {"project": args.wandb_project_name, "entity": args.wandb_entity or None}
-        wandb.init(**owner, name=Path(args.run_dir).name, config=vars(args), sync_tensorboard=True)
+        run = {"project": args.wandb_project_name, "entity": args.wandb_entity or None}
+        run |= {"name": Path(args.run_dir).name, "reinit": "finish_previous"}
+        wandb.init(**run, config=vars(args), sync_tensorboard=True)
     B = args.num_steps * args.num_envs
     total = args.total_timesteps // B * B
     print(f"{args.run_dir}: {total // B} iterations of {B} steps = {total:,} on {device}", flush=True)
@@ -697,12 +697,12 @@ def main():
             print(f"stopped by signal {received[0]}, go on with: {command} --resume {quoted}")
             sys.exit(128 + received[0])
         if args.evaluate or args.eval_episodes > 0:
-            how = args.deterministic, 2**30 + args.seed, args.capture_video
+            how = args.deterministic, (2**30 + args.seed) % 2**32, args.capture_video
             task = {"env_id": args.env_id, "max_episode_steps": args.max_episode_steps}
-            returns = evaluate(path, args.eval_episodes, *how, **task)
+            returns = evaluate(path, args.eval_episodes or 10, *how, **task)
             kind = f"{len(returns)} {'deterministic' if args.deterministic else 'sampled'} episodes"
-            margin = 1.96 * returns.std() / max(len(returns) - 1, 1) ** 0.5  # a normal 95 % interval
-            print(f"{returns.mean():.1f} +- {margin:.1f}: mean return of {kind}")
+            error = returns.std() / (len(returns) - 1) ** 0.5 if len(returns) > 1 else math.nan
+            print(f"{returns.mean():.1f} +- {1.96 * error:.1f}: mean return of {kind}, 95 % interval")
         if not args.evaluate:
             print(f"evaluate it: {command} --evaluate {quoted} --eval-episodes 100 --capture-video")
             print(f"look at it:  tensorboard --logdir {quoted}")

@@ -120,7 +120,7 @@ MUTANTS = [
     ("checkpoint", "b37", "continuous", "torch.manual_seed(seed)", "pass"),
     ("checkpoint", "b38_resumed_run_is and discrete-clip", "discrete", "optimizer.load_state_dict", "dict"),
     ("rollout", "b39_vector", "discrete", STEPS, STORES_LATE),
-    ("rollout", "b40", "continuous", "actions.clip(self.space.low, self.space.high)", "actions"),
+    ("rollout", "b40", "continuous", "actions.clip(space.low, space.high)", "actions"),
     ("update", "b41", "atari", "/ returns.var()", "/ values.var()"),
     ("loss", "b42", "discrete", "ratio = logratio.exp()", "ratio = newlogprob.exp() / logprobs.exp()"),
     ("learning", "b43_values", "discrete", "+ args.vf_coef", "- args.vf_coef"),

@@ -199,7 +199,7 @@ def test_resume_refuses_another_network_and_a_run_at_its_end(discrete, train):
     half = train(discrete, "Stateless", 2)
     path = half["run_dir"] / "checkpoint.pt"
     before = path.read_bytes()
-    with pytest.raises(discrete.UsageError, match=r"^--resume: of another network[^\n]*$"):
+    with pytest.raises(discrete.UsageError, match=r"^--resume: another network[^\n]*$"):
         resume(discrete, half, total_timesteps=64, hidden_sizes=(8,))
     with pytest.raises(discrete.UsageError, match=r"^--total-timesteps [^\n]*48"):
         resume(discrete, half)

@@ -59,10 +59,11 @@ def test_bad_input_is_refused(discrete, refused, monkeypatch, flags, words):
     refused(discrete, flags.split(), words)
 
 
-def test_an_unknown_objective_from_python_is_refused(script, no_training):
-    """It would train with the clipped one, and say nothing."""
-    with pytest.raises(ValueError, match=r"^--objective kl: clip or kl-penalty$"):
-        script.train(script.Args(objective="kl"))
+@pytest.mark.parametrize(("field", "value"), [("objective", "kl"), ("device", "cuda:0")])
+def test_an_unknown_choice_from_python_is_refused(script, no_training, field, value):
+    """With another objective it would train with the clipped one, and say nothing."""
+    with pytest.raises(script.UsageError, match=rf"^--{field} {value}: use one of \([^\n]*\)$"):
+        script.train(script.Args(**{field: value}))
 
 
 def test_a_video_without_moviepy_is_refused_before_the_training(script, refused, monkeypatch):
@@ -189,7 +190,7 @@ def test_the_cli_evaluates_what_evaluate_does(discrete, cli, checkpoints):
     path = checkpoints["ppo_discrete"]
     argv = ["--eval-episodes", 3, "--deterministic", "--seed", 4, "--max-episode-steps", 100]
     code, out, err = cli(discrete, "--evaluate", path, *argv)
-    found = re.match(r"(\S+) \+- (\S+): mean return of 3 deterministic episodes\n", out)
+    found = re.match(r"(\S+) \+- (\S+): mean return of 3 deterministic episodes, 95 % interval\n", out)
     assert code == 0 and found, (out, err)
     returns = discrete.evaluate(path, 3, deterministic=True, seed=2**30 + 4, max_episode_steps=100)
     mean, margin = map(float, found.groups())
@@ -200,9 +201,18 @@ def test_the_cli_evaluates_what_evaluate_does(discrete, cli, checkpoints):
     assert code == 2 and "Nowhere" in err, "it plays the environment that was typed"
 
 
-def test_evaluating_no_episodes_is_refused(discrete, refused, checkpoints):
-    path = checkpoints["ppo_discrete"]
-    refused(discrete, ["--evaluate", path, "--eval-episodes", "0"], "--eval-episodes 0")
+def test_a_run_that_was_trained_without_an_evaluation_is_evaluated(discrete, cli):
+    cli(discrete, *tiny("ppo_discrete", "--run-dir", "run", "--eval-episodes", "0"))
+    code, out, err = cli(discrete, "--evaluate", "run")
+    assert code == 0 and "mean return of 10 sampled" in out, err
+    with pytest.raises(discrete.UsageError, match=r"^--eval-episodes 0: use 1 or more$"):
+        discrete.evaluate("run", 0)
+
+
+def test_one_episode_has_no_interval(discrete, cli, checkpoints):
+    argv = ["--eval-episodes", 1, "--seed", 5 * 10**9]  # of no range, since nothing is trained
+    out = cli(discrete, "--evaluate", checkpoints["ppo_discrete"], *argv)[1]
+    assert re.match(r"\S+ \+- nan: mean return of 1 sampled episodes", out), out
 
 
 def test_what_the_training_evaluated_with_is_the_default_of_evaluate(discrete, cli):
@@ -315,7 +325,8 @@ def test_a_run_ends_with_a_summary_whose_commands_work(discrete, cli):
     code, out, err = cli(discrete, *tiny("ppo_discrete", "--eval-episodes", "2", "--run-dir", "my run"))
     assert code == 0, err
     assert out.startswith("my run: 2 iterations of 32 steps = 64 on cpu\n")
-    assert re.search(r"^\d+\.\d \+- \d+\.\d: mean return of 2 sampled episodes$", out, re.M), out
+    interval = r"^\d+\.\d \+- \d+\.\d: mean return of 2 sampled episodes, 95 % interval$"
+    assert re.search(interval, out, re.M), out
     assert shlex.split(re.findall(r"tensorboard .*", out)[0]) == ["tensorboard", "--logdir", "my run"]
     (command,) = commands(out)
     code, out, err = cli(discrete, *command, "--eval-episodes", "1")
@@ -357,6 +368,7 @@ def test_track_starts_a_run_of_wandb(discrete, cli, monkeypatch):
     assert code == 0, err
     (call,) = calls
     assert (call["project"], call["entity"], call["name"]) == ("mine", None, "run")
+    assert call["reinit"] == "finish_previous", "a second training in one process is a run of its own"
     assert call["sync_tensorboard"] is True and not call["events"]
     assert call["config"] == saved("here/run/checkpoint.pt")["args"]
 

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import multiprocessing
+import signal
 from pathlib import Path
 
 import ale_py
@@ -59,6 +61,15 @@ def test_environments_are_closed(discrete, train, vectorization):
     """Each of them, in its worker too: it may hold a simulator, a file or a connection."""
     train(discrete, "Closes", vectorization=vectorization, seed=5)
     assert sorted(path.name for path in Path().glob("closed-*")) == ["closed-5", "closed-6"]
+
+
+def test_signals_of_a_process_that_makes_async_environments_stay(mlp_script, make, monkeypatch):
+    """Also of one that was started by another: only the workers leave Ctrl-C to it."""
+    monkeypatch.setattr(multiprocessing, "parent_process", multiprocessing.current_process)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    make(mlp_script, "Count", 2, vectorization="async")
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert signal.default_int_handler in before
 
 
 # --- rewards of vector environments ---

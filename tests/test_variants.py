@@ -3,6 +3,7 @@
 import importlib.util
 import shutil
 import subprocess
+from contextlib import closing
 
 import gymnasium as gym
 import numpy as np
@@ -154,6 +155,16 @@ def test_a_masked_action_is_never_taken(variant, monkeypatch, tmp_path, kind, ac
     goes_on_and_is_evaluated(script, result)
 
 
+def test_masked_environments_are_made_without_a_reset(variant, monkeypatch):
+    """It would begin an episode, and the film of the first one would end there."""
+    script, resets = variant("action-mask"), []
+    monkeypatch.setattr(Masked, "reset", lambda self, **kwargs: resets.append(self))
+    spec = {"entry_point": Masked, "kwargs": {"observation_space": VECTOR, "action_space": Discrete(5)}}
+    monkeypatch.setitem(gym.registry, "Toy-v0", gym.envs.registration.EnvSpec("Toy-v0", **spec))
+    with closing(script.make_envs(script.Args(env_id="Toy-v0"), 1)) as envs:
+        assert envs.single_observation_space.shape == (9,) and not resets
+
+
 @pytest.mark.parametrize("nvec", [(4,), (2, 4)])
 def test_the_probability_of_a_masked_action_is_0(variant, nvec):
     """And of the others it is what a softmax over them alone gives; so is the entropy."""
@@ -246,6 +257,13 @@ def test_lstm_wants_whole_environments(variant):
     script = variant("lstm")
     with pytest.raises(script.UsageError, match="divide --num-envs"):
         script.prepare(script.Args(num_envs=4, num_minibatches=8))
+
+
+@pytest.mark.parametrize("flag", [{"objective": "kl-penalty"}, {"compile": True}, {"hidden_sizes": ()}])
+def test_lstm_refuses_what_it_cannot_do(variant, flag):
+    script = variant("lstm")
+    with pytest.raises(script.UsageError, match=r"^the LSTM needs --objective clip"):
+        script.prepare(script.Args(**flag))
 
 
 # --- dict-observations, pixels ---
