@@ -85,7 +85,7 @@ MUTANTS = [
     ("rollout", "b20", "discrete", '"returns": returns', '"returns": returns.T'),
     ("update", "b21_learning_rate_falls", "atari", "(iteration - 1) / num", "iteration / num"),
     ("update", "b22_gradients", "continuous", "optimizer.zero_grad()", "pass"),
-    ("update", "b23_target_kl_stops", "discrete", "bool(stats", "bool(0 * stats"),
+    ("update", "b23_target_kl_stops", "discrete", "args.target_kl < stats", "args.target_kl < 0 * stats"),
     ("agent", "b24_gains", "atari", "num_actions), std=0.01", "num_actions)"),
     ("agent", "b25", "atari", ".div_(255)", ""),
     ("envs", "b26", "atari", '"episodic_life": False', '"episodic_life": True'),
