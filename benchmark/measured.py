@@ -93,7 +93,9 @@ def peak_mb():
 
 
 def measure_script(script, args, job):
-    """train() as it is; the clock sees where advantages begin and when an iteration is logged."""
+    """train() as main calls it; the clock sees where advantages begin and when an iteration is logged."""
+    if hasattr(script, "keep_freed_memory"):
+        script.keep_freed_memory()
     clock, make_envs = Clock(job, args), script.make_envs
     script.make_envs = lambda *args: clock.watch(make_envs(*args))
     around(script, "compute_gae", before=clock.rollout_ended)

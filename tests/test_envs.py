@@ -66,10 +66,11 @@ def test_environments_are_closed(discrete, train, vectorization):
 def test_signals_of_a_process_that_makes_async_environments_stay(mlp_script, make, monkeypatch):
     """Also of one that was started by another: only the workers leave Ctrl-C to it."""
     monkeypatch.setattr(multiprocessing, "parent_process", multiprocessing.current_process)
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
     make(mlp_script, "Count", 2, vectorization="async")
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-    assert signal.default_int_handler in before
+    after = [signal.signal(*pair) for pair in zip(numbers, before, strict=True)]
+    assert after == [signal.default_int_handler] * 2
 
 
 # --- rewards of vector environments ---
