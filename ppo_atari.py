@@ -755,8 +755,8 @@ def main():
             task = {"env_id": args.env_id, "max_episode_steps": args.max_episode_steps}
             returns = evaluate(path, args.eval_episodes or 10, *how, **task)
             kind = f"{len(returns)} {'deterministic' if args.deterministic else 'sampled'} episodes"
-            error = returns.std() / (len(returns) - 1) ** 0.5 if len(returns) > 1 else math.nan
-            print(f"{returns.mean():.1f} +- {1.96 * error:.1f}: mean return of {kind}, 95 % interval")
+            std_error = returns.std() / (len(returns) - 1) ** 0.5 if len(returns) > 1 else math.nan
+            print(f"{returns.mean():.1f} +- {1.96 * std_error:.1f}: mean return of {kind}, 95 % interval")
         if not args.evaluate:
             print(f"evaluate it: {command} --evaluate {quoted} --eval-episodes 100 --capture-video")
             print(f"look at it:  tensorboard --logdir {quoted}")

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -267,3 +268,16 @@ def test_what_the_docstrings_say_was_measured_is_what_the_rows_have():
     of_games = {x: ", ".join(f"{y:{form}}" for y in played[f"{x.lower()}-10m"]) for x, form in games.items()}
     measured = ", ".join(f"{x} {returns}" for x, returns in of_games.items())
     assert f"Measured: {measured} after" in docs["ppo_atari"]
+
+
+def test_other_programs_take_their_own_number_of_threads(monkeypatch):
+    """With the default of the script, one, SB3 would be slower or faster than a user sees it."""
+    import speed
+
+    jobs = []
+    monkeypatch.setattr(speed.subprocess, "Popen", lambda command, **_: jobs.append(json.loads(command[2])))
+    monkeypatch.setattr(speed, "read", lambda process: None)
+    monkeypatch.setenv("CLEANRL_PYTHON", "python")
+    for program, flags in (("sb3", {}), ("cleanrl", {}), ("sb3 1 thread", {"num_threads": 1}), ("eager", {})):
+        speed.start("ppo_discrete", program, {"iterations": 1} | flags, "run")
+    assert [job["flags"].get("num_threads") for job in jobs] == [0, 0, 1, None]
