@@ -91,7 +91,7 @@ class Args:
     evaluate: str = ""  # run directory to evaluate; typed flags win
     eval_episodes: int = 10  # episodes of --evaluate and after training; 0: none
     deterministic: bool = False  # evaluate most probable actions, not samples
-    capture_video: bool = False  # film the first evaluated episode
+    capture_video: bool = False  # film the first evaluated episode: videos/ in the run directory
     track: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project_name: str = "ppo"  # project for --track
     wandb_entity: str = ""  # entity (team) for --track; empty: your default one
@@ -269,8 +269,7 @@ def compute_gradients(agent, batch, mb_inds, args, kl_coef=None):
     loss, stats = ppo_loss(newlogprob, entropy, newvalue, *rest, args, kl_coef)
     loss.backward()
     # [core 11] one norm over policy and V; inf only measures it; torch.compile needs foreach=False
-    limit = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
-    norm = nn.utils.clip_grad_norm_(agent.parameters(), limit, foreach=False)
+    norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm or math.inf, foreach=False)
     return stats | {"grad_norm": norm}
 
 
