@@ -434,7 +434,7 @@ def make_envs(args, num_envs, video_folder=None):
     known = "game" in game and args.env_id.endswith(("NoFrameskip-v4", "-v5"))
     require(known, f"--env-id {args.env_id}: not Atari from pixels, {hint} (or try ppo_discrete.py)")
     rom, sticky = game["game"], game["repeat_action_probability"]
-    steps = args.max_episode_steps if args.max_episode_steps > 0 else 27_000
+    steps = args.max_episode_steps or 27_000
     options = {
         # [ours 2] NEXT_STEP, the default, spends a step of reward 0 on a reset: a row to learn nothing from
         "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP,
@@ -523,7 +523,7 @@ def prepare(args):
     if args.capture_video:  # what is missing for it shows now, not after the training
         make_envs(args, 1, f"{args.run_dir}/videos").close()
     seed_everything(args.seed)
-    torch.set_num_threads(args.num_threads if args.num_threads > 0 else torch.get_num_threads())
+    torch.set_num_threads(args.num_threads or torch.get_num_threads())
     torch.backends.cudnn.deterministic = args.torch_deterministic
     return args, checkpoint
 

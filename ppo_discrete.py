@@ -466,7 +466,7 @@ def make_envs(args, num_envs, video_folder=None):
             vectorization_mode=args.vectorization if num_envs > 1 else "sync",
             vector_kwargs={"autoreset_mode": autoreset_mode},
             wrappers=[wrap],
-            max_episode_steps=args.max_episode_steps if args.max_episode_steps > 0 else None,
+            max_episode_steps=args.max_episode_steps or None,
             **options,
         )
     except (gym.error.Error, ImportError) as error:
@@ -531,7 +531,7 @@ def prepare(args):
     if args.capture_video:  # what is missing for it shows now, not after the training
         make_envs(args, 1, f"{args.run_dir}/videos").close()
     seed_everything(args.seed)
-    torch.set_num_threads(args.num_threads if args.num_threads > 0 else torch.get_num_threads())
+    torch.set_num_threads(args.num_threads or torch.get_num_threads())
     torch.backends.cudnn.deterministic = args.torch_deterministic
     return args, checkpoint
 
