@@ -58,7 +58,7 @@ class Args:
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of GAE; 1: rewards-to-go minus V, 0: TD error
     norm_adv: bool = True  # normalise advantages in each minibatch
-    clip_coef: float = 0.1  # epsilon: the ratio counts up to 1 +- this; also for values
+    clip_coef: float = 0.1  # epsilon: no gain from a ratio beyond 1 +- this; --clip-vloss uses it too
     clip_vloss: bool = True  # clip the value loss too; not in the paper
     ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss, which has its own 1/2
@@ -66,10 +66,10 @@ class Args:
     target_kl: float = 0.0  # end an update beyond this approximate KL; 0: off
     objective: Literal["clip", "kl-penalty"] = "clip"  # what keeps the policy near the old one
     kl_penalty_coef: float = 1.0  # kl-penalty: coefficient at first; it adapts
-    kl_penalty_target: float = 0.01  # kl-penalty: KL(old || new) it steers to
+    kl_penalty_target: float = 0.01  # kl-penalty: the KL(old || new) to steer to
 
     # --- network ---
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: faster with AVX512-BF16, on GPUs
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: faster with AVX512-BF16 and on GPUs
 
     # --- environment ---
     env_id: str = "BreakoutNoFrameskip-v4"  # or ALE/<Game>-v5: sticky actions
@@ -84,9 +84,9 @@ class Args:
     cuda_graphs: bool = False  # on CUDA: record policy step and gradient, then replay
     run_dir: str = ""  # empty: runs/<env>__<exp>__<seed>__<time>
     save_every: int = 50  # iterations between checkpoints
-    resume: str = ""  # run directory to continue; typed flags win
-    evaluate: str = ""  # run directory to evaluate; typed flags win
-    eval_episodes: int = 10  # episodes of --evaluate and after training; 0: none
+    resume: str = ""  # run directory to continue; flags you type replace saved ones
+    evaluate: str = ""  # run directory to evaluate; flags you type replace saved ones
+    eval_episodes: int = 10  # episodes of --evaluate and after training; 0: none after training
     deterministic: bool = False  # evaluate most probable actions, not samples
     capture_video: bool = False  # film the first evaluated episode: videos/ in the run directory
     track: bool = False  # also log to Weights & Biases (pip install wandb)
@@ -179,8 +179,8 @@ def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
 
 
 def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, values, args, kl_coef=None):
-    """(loss, stats): what to minimise, eq. 9 of https://arxiv.org/abs/1707.06347 with its sign turned, and a
-    dict of detached scalars. All tensors: (M,).
+    """(loss, stats): what to minimise, minus eq. 9 of https://arxiv.org/abs/1707.06347, and a dict of
+    detached scalars. All tensors: (M,).
 
     newlogprob, entropy, newvalue: of the current weights; logprobs, values: of the weights that made the
     rollout. args: anything with clip_coef, clip_vloss, ent_coef, vf_coef, norm_adv. kl_coef: beta of the KL
@@ -268,7 +268,7 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
     kl_coef = None
-    if args.objective == "kl-penalty":  # a tensor: compiled code would keep a number as it is
+    if args.objective == "kl-penalty":  # a tensor: a compiled or recorded step would freeze a number
         kl_coef = torch.tensor(args.kl_penalty_coef, device=device)
     global_step = checkpoint["global_step"] if checkpoint else 0
     next_obs, _ = envs.reset(seed=(args.seed + global_step + RANK * N) % 10**9)  # others after --resume
@@ -325,7 +325,7 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
                     optimizer.zero_grad()
                     stats = compute_gradients(agent, batch, mb_inds, args, kl_coef)
                     kl_exceeded = len(step_stats) > 0 and 0 < args.target_kl < stats["approx_kl"]
-                    if kl_exceeded:  # [ours 3] earlier steps, if any, went too far: drop this gradient
+                    if kl_exceeded:  # [ours 3] the steps so far went too far: drop this gradient
                         break
                     optimizer.step()
                     step_stats.append(stats)
@@ -376,7 +376,7 @@ class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
     def reset(self, **kwargs):
         obs, infos = super().reset(**kwargs)
         self.lives = infos["lives"]
-        self.press_fire = np.full(self.num_envs, self.presses_at_start)  # (N,) in how many steps
+        self.press_fire = np.full(self.num_envs, self.presses_at_start)  # (N,) FIRE for so many more steps
         return obs, infos
 
     def step(self, actions):
@@ -529,7 +529,7 @@ def prepare(args):
 
 
 def keep_freed_memory():
-    """Let glibc keep freed memory: to ask the system for it for each minibatch slows updates down."""
+    """Let glibc keep freed memory: asking the system for it again in each minibatch slows updates down."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give memory back
@@ -679,7 +679,7 @@ def check_finite(losses, agent, global_step):
     weights = sum(x.sum() for x in agent.state_dict().values()).item()
     broken = [name for name, x in (losses | {"weights": weights}).items() if not math.isfinite(x)]
     if broken:
-        fix = "look at rewards and observations, or lower --learning-rate; not saved"
+        fix = "look at rewards and observations, or lower --learning-rate; this iteration is not saved"
         raise FloatingPointError(f"nan or infinity in {', '.join(broken)} by step {global_step}: {fix}")
 
 

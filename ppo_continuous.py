@@ -57,7 +57,7 @@ class Args:
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of GAE; 1: rewards-to-go minus V, 0: TD error
     norm_adv: bool = True  # normalise advantages in each minibatch
-    clip_coef: float = 0.2  # epsilon: the ratio counts up to 1 +- this; also for values
+    clip_coef: float = 0.2  # epsilon: no gain from a ratio beyond 1 +- this; --clip-vloss uses it too
     clip_vloss: bool = False  # clip the value loss too; not in the paper
     ent_coef: float = 0.0  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss, which has its own 1/2
@@ -65,7 +65,7 @@ class Args:
     target_kl: float = 0.0  # end an update beyond this approximate KL; 0: off
     objective: Literal["clip", "kl-penalty"] = "clip"  # what keeps the policy near the old one
     kl_penalty_coef: float = 1.0  # kl-penalty: coefficient at first; it adapts
-    kl_penalty_target: float = 0.01  # kl-penalty: KL(old || new) it steers to
+    kl_penalty_target: float = 0.01  # kl-penalty: the KL(old || new) to steer to
 
     # --- network ---
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers
@@ -89,9 +89,9 @@ class Args:
     compile: bool = False  # torch.compile, needs g++: starts slowly, runs faster
     run_dir: str = ""  # empty: runs/<env>__<exp>__<seed>__<time>
     save_every: int = 50  # iterations between checkpoints
-    resume: str = ""  # run directory to continue; typed flags win
-    evaluate: str = ""  # run directory to evaluate; typed flags win
-    eval_episodes: int = 10  # episodes of --evaluate and after training; 0: none
+    resume: str = ""  # run directory to continue; flags you type replace saved ones
+    evaluate: str = ""  # run directory to evaluate; flags you type replace saved ones
+    eval_episodes: int = 10  # episodes of --evaluate and after training; 0: none after training
     deterministic: bool = False  # evaluate most probable actions, not samples
     capture_video: bool = False  # film the first evaluated episode: videos/ in the run directory
     track: bool = False  # also log to Weights & Biases (pip install wandb)
@@ -202,8 +202,8 @@ def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
 
 
 def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, values, args, kl_coef=None):
-    """(loss, stats): what to minimise, eq. 9 of https://arxiv.org/abs/1707.06347 with its sign turned, and a
-    dict of detached scalars. All tensors: (M,).
+    """(loss, stats): what to minimise, minus eq. 9 of https://arxiv.org/abs/1707.06347, and a dict of
+    detached scalars. All tensors: (M,).
 
     newlogprob, entropy, newvalue: of the current weights; logprobs, values: of the weights that made the
     rollout. args: anything with clip_coef, clip_vloss, ent_coef, vf_coef, norm_adv. kl_coef: beta of the KL
@@ -285,7 +285,7 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
     kl_coef = None
-    if args.objective == "kl-penalty":  # a tensor: compiled code would keep a number as it is
+    if args.objective == "kl-penalty":  # a tensor: a compiled or recorded step would freeze a number
         kl_coef = torch.tensor(args.kl_penalty_coef, device=device)
     global_step = checkpoint["global_step"] if checkpoint else 0
     next_obs, _ = envs.reset(seed=(args.seed + global_step) % 10**9)  # other episodes after --resume
@@ -338,7 +338,7 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
                     optimizer.zero_grad()
                     stats = compute_gradients(agent, batch, mb_inds, args, kl_coef)
                     kl_exceeded = len(step_stats) > 0 and 0 < args.target_kl < stats["approx_kl"]
-                    if kl_exceeded:  # [ours 3] earlier steps, if any, went too far: drop this gradient
+                    if kl_exceeded:  # [ours 3] the steps so far went too far: drop this gradient
                         break
                     optimizer.step()
                     step_stats.append(stats)
@@ -424,7 +424,7 @@ def check_observation(space, name):
             check_observation(space[key], f"{name}[{key!r}]")
         return
     numbers = gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary
-    require(isinstance(space, numbers), f"{name} is {space}, no numbers: register an id that wraps it")
+    require(isinstance(space, numbers), f"{name} is {space}, not numbers: register an id that wraps it")
     require(len(space.shape) < 3, f"{name} is pixels {space.shape}: try ppo_atari.py or its variant `pixels`")
 
 
@@ -441,12 +441,12 @@ def make_envs(args, num_envs, video_folder=None):
         check_observation(env.observation_space, f"{name}: observation")
         actions = env.action_space
         fits = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1
-        hint = "ppo_discrete.py is for (Multi)Discrete from 0, ppo_continuous.py for a Box of vectors"
+        hint = "ppo_discrete.py takes (Multi)Discrete from 0 and MultiBinary, ppo_continuous.py a 1-D Box"
         require(fits, f"{name} acts in {actions}: {hint}")
         bounds = np.abs([actions.low, actions.high]).max(0)
         far = (actions.low > 0) | (actions.high < 0) | (bounds < 0.1) | (np.isfinite(bounds) & (bounds > 10))
         if far.any():
-            gym.logger.warn(f"{name} acts in {actions}, not about [-1, 1]: use RescaleAction(env, -1, 1)")
+            gym.logger.warn(f"{name} acts in {actions}, far from [-1, 1]: use RescaleAction(env, -1, 1)")
         if video_folder:
             require(util.find_spec("moviepy"), "--capture-video: pip install moviepy")
             os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")  # no display
@@ -458,7 +458,7 @@ def make_envs(args, num_envs, video_folder=None):
 
     # [ours 2] NEXT_STEP, the default, spends a step of reward 0 on a reset: a row nobody should learn from
     autoreset_mode = gym.vector.AutoresetMode.SAME_STEP
-    options = {"render_mode": "rgb_array"} if video_folder else {}  # some know no such argument
+    options = {"render_mode": "rgb_array"} if video_folder else {}  # some environments do not accept it
     try:
         envs = gym.make_vec(
             args.env_id,
@@ -632,7 +632,7 @@ def check_finite(losses, agent, global_step):
     weights = sum(x.sum() for x in agent.state_dict().values()).item()
     broken = [name for name, x in (losses | {"weights": weights}).items() if not math.isfinite(x)]
     if broken:
-        fix = "look at rewards and observations, or lower --learning-rate; not saved"
+        fix = "look at rewards and observations, or lower --learning-rate; this iteration is not saved"
         raise FloatingPointError(f"nan or infinity in {', '.join(broken)} by step {global_step}: {fix}")
 
 

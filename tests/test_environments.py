@@ -144,8 +144,8 @@ def test_observations_that_are_no_numbers_are_refused(mlp_script, refused, monke
         ("ppo_discrete", Discrete(3, start=1), "Discrete from 0"),
         ("ppo_discrete", Tuple([Discrete(2), Discrete(2)]), "(Multi)Discrete"),
         ("ppo_continuous", MultiDiscrete([2, 2]), "ppo_discrete.py"),
-        ("ppo_continuous", Box(-1, 1, (), np.float32), "ppo_continuous.py for a Box of vectors"),
-        ("ppo_continuous", Box(-1, 1, (2, 2), np.float32), "ppo_continuous.py for a Box of vectors"),
+        ("ppo_continuous", Box(-1, 1, (), np.float32), "ppo_continuous.py a 1-D Box"),
+        ("ppo_continuous", Box(-1, 1, (2, 2), np.float32), "ppo_continuous.py a 1-D Box"),
     ],
 )
 def test_actions_of_another_kind_are_refused(refused, monkeypatch, name, space, words):
