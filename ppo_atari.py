@@ -273,7 +273,7 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
     global_step = checkpoint["global_step"] if checkpoint else 0
     next_obs, _ = envs.reset(seed=(args.seed + global_step + RANK * N) % 10**9)  # others after --resume
     if checkpoint:
-        restore(checkpoint, agent, optimizer, envs, kl_coef)
+        restore(checkpoint, agent, optimizer, envs)
     if WORLD_SIZE > 1:
         join_processes(agent, args.seed + global_step + RANK * N, device)
 
@@ -336,6 +336,7 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
             if args.objective == "kl-penalty":
                 charts["kl_coef"] = kl_coef.item()
                 charts["kl"] = adapt_kl_coef(kl_coef, agent, batch, args.kl_penalty_target)
+                args.kl_penalty_coef = kl_coef.item()  # saved: --resume goes on from it
 
             # --- 5. logs, checkpoint: no part of the algorithm; losses are means [ours 4] ---
             losses = {x: torch.stack([stats[x] for stats in step_stats]).mean().item() for x in step_stats[0]}
@@ -351,7 +352,7 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
                 stop = agree(stop, kl_coef, device)
             last_iteration = global_step + B > args.total_timesteps or stop
             if RANK == 0 and (iteration % args.save_every == 0 or last_iteration):
-                save_checkpoint(args, global_step, agent, optimizer, envs, kl_coef)
+                save_checkpoint(args, global_step, agent, optimizer, envs)
             if RANK == 0:
                 write_log(writer, bar, charts, losses, global_step)
             if last_iteration:
@@ -476,12 +477,6 @@ def require(condition, message):
         raise UsageError(message)
 
 
-def seed_everything(seed):
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9)}  # others: 0 or more
 RANGES |= dict.fromkeys(["num_envs", "num_steps", "save_every"], (1, math.inf))
 RANGES |= dict.fromkeys(["num_minibatches", "update_epochs"], (1, math.inf))
@@ -513,7 +508,8 @@ def prepare(args):
     require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
 
     checkpoint = load_checkpoint(args.resume) if args.resume else None
-    least = B * WORLD_SIZE + (checkpoint["global_step"] if checkpoint else 0)
+    done = checkpoint["global_step"] if checkpoint else 0
+    least = B * WORLD_SIZE + done
     require(args.total_timesteps >= least, f"--total-timesteps {args.total_timesteps}: use at least {least}")
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}".replace("/", "-")
     args.run_dir = args.run_dir or f"runs/{name.replace(':', '-')}"
@@ -522,7 +518,9 @@ def prepare(args):
     require(free, f"--run-dir {args.run_dir} holds a checkpoint: name another, or --resume {args.run_dir}")
     if args.capture_video:  # what is missing for it shows now, not after the training
         make_envs(args, 1, f"{args.run_dir}/videos").close()
-    seed_everything(args.seed)
+    random.seed(args.seed + done)  # environments may draw from these two: others after --resume
+    np.random.seed(args.seed + done)
+    torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads or torch.get_num_threads())
     torch.backends.cudnn.deterministic = args.torch_deterministic
     return args, checkpoint
@@ -593,7 +591,7 @@ def agree(stop, kl_coef, device):
     return bool(stops > 0)
 
 
-def save_checkpoint(args, global_step, agent, optimizer, envs, kl_coef):
+def save_checkpoint(args, global_step, agent, optimizer, envs):
     """Write run_dir/checkpoint.pt: what resuming and evaluating need, as tensors and plain values only."""
     checkpoint = {
         "args": {x.name: getattr(args, x.name) for x in dataclasses.fields(Args)} | {"resume": ""},
@@ -601,7 +599,6 @@ def save_checkpoint(args, global_step, agent, optimizer, envs, kl_coef):
         "shapes": agent.shapes,
         "agent": agent.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "kl_coef": kl_coef,
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
@@ -610,15 +607,13 @@ def save_checkpoint(args, global_step, agent, optimizer, envs, kl_coef):
     path.with_suffix(".tmp").replace(path)  # a crash leaves the old file or the new one, never half of one
 
 
-def restore(checkpoint, agent, optimizer, envs, kl_coef):
+def restore(checkpoint, agent, optimizer, envs):
     """Set everything as save_checkpoint found it, except that the environments have begun new episodes."""
     try:
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     except (RuntimeError, ValueError) as error:
         raise UsageError("--resume: another network or environment, drop flags that change these") from error
-    if kl_coef is not None and checkpoint["kl_coef"] is not None:
-        kl_coef.copy_(checkpoint["kl_coef"])
     torch.set_rng_state(checkpoint["torch_rng"])
     torch.cuda.set_rng_state_all(checkpoint["cuda_rng"][: torch.cuda.device_count()])
 
@@ -638,8 +633,7 @@ def load_checkpoint(path):
         agent = Agent(observation_space, gym.spaces.Discrete(num_actions), args)
         agent.load_state_dict(checkpoint["agent"])
     except Exception as error:  # torch.load does not say what a damaged file raises
-        reason = " ".join(f"{error!r:.200}".split())
-        raise UsageError(f"{path}: damaged, or not of this script ({reason})") from error
+        raise UsageError(f"{path}: damaged, or not of this script ({error!r:.200})") from error
     return checkpoint | {"path": path, "args": args, "trained": agent.eval().requires_grad_(False)}
 
 
@@ -649,18 +643,22 @@ def load_agent(checkpoint):
 
 
 @torch.no_grad()
+@torch.random.fork_rng(devices=[])  # a training that evaluates draws on as if it had not
 def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=2**30, capture_video=False, **changes):
     """Raw returns of whole episodes on the CPU, (num_episodes,). seed: by default beyond those of training.
-    changes: of saved arguments. Seeds torch, numpy and random. UsageError for bad input, endless episodes."""
+    changes: of saved arguments. UsageError for bad input, endless episodes."""
     require(num_episodes > 0, f"--eval-episodes {num_episodes}: use 1 or more")
-    saved = load_checkpoint(checkpoint)
+    saved, states = load_checkpoint(checkpoint), (random.getstate(), np.random.get_state())
     args, agent = dataclasses.replace(saved["args"], **changes), saved["trained"]
+    require(args.max_episode_steps >= 0, f"--max-episode-steps {args.max_episode_steps}: use 0 or more")
     folder = saved["path"].parent / "videos" / f"step-{saved['global_step']}-seed-{seed}"
     returns = []
     with closing(make_envs(args, 1, str(folder) if capture_video else None)) as envs:
         fits = Agent(envs.single_observation_space, envs.single_action_space, args).shapes == agent.shapes
         require(fits, f"--env-id {args.env_id} has observations or actions of other shapes than the agent")
-        seed_everything(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
         obs, _ = envs.reset(seed=seed)
         for _ in tqdm(range(num_episodes), unit="episode", disable=None):
             infos = {}
@@ -671,6 +669,8 @@ def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=2**30, captu
                 endless = envs.episode_lengths[0] > max(100_000, args.max_episode_steps)
                 require(not endless, "evaluation: an episode does not end, cut it: --max-episode-steps 1000")
             returns.append(infos["episode"]["r"][0])
+    random.setstate(states[0])
+    np.random.set_state(states[1])
     return np.array(returns)
 
 

@@ -290,7 +290,7 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
     global_step = checkpoint["global_step"] if checkpoint else 0
     next_obs, _ = envs.reset(seed=(args.seed + global_step) % 10**9)  # other episodes after --resume
     if checkpoint:
-        restore(checkpoint, agent, optimizer, envs, kl_coef)
+        restore(checkpoint, agent, optimizer, envs)
 
     obs = torch.zeros((T, N, *envs.single_observation_space.shape), device=device)  # normalised
     actions = torch.zeros((T, N, *envs.single_action_space.shape), device=device)
@@ -349,6 +349,7 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
             if args.objective == "kl-penalty":
                 charts["kl_coef"] = kl_coef.item()
                 charts["kl"] = adapt_kl_coef(kl_coef, agent, batch, args.kl_penalty_target)
+                args.kl_penalty_coef = kl_coef.item()  # saved: --resume goes on from it
 
             # --- 5. logs, checkpoint: no part of the algorithm; losses are means [ours 4] ---
             losses = {x: torch.stack([stats[x] for stats in step_stats]).mean().item() for x in step_stats[0]}
@@ -360,9 +361,9 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
             if len(envs.return_queue) > 0:  # the last 100 episodes
                 charts["episodic_return"] = float(np.mean(envs.return_queue))
                 charts["episodic_length"] = float(np.mean(envs.length_queue))
-            last_iteration = global_step + B > args.total_timesteps or stop_requested()
+            last_iteration = stop_requested() or global_step + B > args.total_timesteps
             if iteration % args.save_every == 0 or last_iteration:
-                save_checkpoint(args, global_step, agent, optimizer, envs, kl_coef)
+                save_checkpoint(args, global_step, agent, optimizer, envs)
             write_log(writer, bar, charts, losses, global_step)
             if last_iteration:
                 break
@@ -399,8 +400,9 @@ class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
         return obs, rewards, terminated, truncated, infos
 
     def close(self, **kwargs):
-        dead = not all(x.is_alive() for x in getattr(self.unwrapped, "processes", []))
-        super().close(terminate=dead)  # a worker of --vectorization async that died would not answer
+        state = getattr(self.unwrapped, "_state", None)  # of --vectorization async
+        unanswered = state is not None and state.value != "default"
+        super().close(terminate=unanswered)  # a worker that died, or was interrupted, would never answer
 
 
 class DropInfos(gym.Wrapper):
@@ -419,8 +421,7 @@ class DropInfos(gym.Wrapper):
 def check_observation(space, name):
     """UsageError for what an MLP cannot take, also inside of a Dict or Tuple; name says where it is."""
     if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
-        keys = space.keys() if isinstance(space, gym.spaces.Dict) else range(len(space))
-        for key in keys:
+        for key in space.keys() if isinstance(space, gym.spaces.Dict) else range(len(space)):
             check_observation(space[key], f"{name}[{key!r}]")
         return
     numbers = gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary
@@ -436,7 +437,8 @@ def make_envs(args, num_envs, video_folder=None):
 
     def wrap(env):
         if os.getpid() != creator:  # a worker of --vectorization async
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for main
+            getattr(os, "setpgrp", int)()  # signals sent to all of the group are for main; not on Windows
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         check_observation(env.observation_space, f"{name}: observation")
         actions = env.action_space
@@ -446,7 +448,7 @@ def make_envs(args, num_envs, video_folder=None):
         bounds = np.abs([actions.low, actions.high]).max(0)
         far = (actions.low > 0) | (actions.high < 0) | (bounds < 0.1) | (np.isfinite(bounds) & (bounds > 10))
         if far.any():
-            gym.logger.warn(f"{name} acts in {actions}, far from [-1, 1]: use RescaleAction(env, -1, 1)")
+            gym.logger.warn(f"{name} acts in {actions}, far from [-1, 1]: rescale it (RescaleAction)")
         if video_folder:
             require(util.find_spec("moviepy"), "--capture-video: pip install moviepy")
             os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")  # no display
@@ -488,12 +490,6 @@ def require(condition, message):
         raise UsageError(message)
 
 
-def seed_everything(seed):
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9)}  # others: 0 or more
 RANGES |= dict.fromkeys(["num_envs", "num_steps", "save_every"], (1, math.inf))
 RANGES |= dict.fromkeys(["num_minibatches", "update_epochs", "hidden_sizes"], (1, math.inf))
@@ -522,7 +518,8 @@ def prepare(args):
     require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
 
     checkpoint = load_checkpoint(args.resume) if args.resume else None
-    least = B + (checkpoint["global_step"] if checkpoint else 0)
+    done = checkpoint["global_step"] if checkpoint else 0
+    least = B + done
     require(args.total_timesteps >= least, f"--total-timesteps {args.total_timesteps}: use at least {least}")
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}".replace("/", "-")
     args.run_dir = args.run_dir or f"runs/{name.replace(':', '-')}"
@@ -531,7 +528,9 @@ def prepare(args):
     require(free, f"--run-dir {args.run_dir} holds a checkpoint: name another, or --resume {args.run_dir}")
     if args.capture_video:  # what is missing for it shows now, not after the training
         make_envs(args, 1, f"{args.run_dir}/videos").close()
-    seed_everything(args.seed)
+    random.seed(args.seed + done)  # environments may draw from these two: others after --resume
+    np.random.seed(args.seed + done)
+    torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads or torch.get_num_threads())
     torch.backends.cudnn.deterministic = args.torch_deterministic
     return args, checkpoint
@@ -545,7 +544,7 @@ def compiled(function, device):
     return torch.compile(function, fullgraph=True, options=options)
 
 
-def save_checkpoint(args, global_step, agent, optimizer, envs, kl_coef):
+def save_checkpoint(args, global_step, agent, optimizer, envs):
     """Write run_dir/checkpoint.pt: what resuming and evaluating need, as tensors and plain values only."""
     checkpoint = {
         "args": {x.name: getattr(args, x.name) for x in dataclasses.fields(Args)} | {"resume": ""},
@@ -553,7 +552,6 @@ def save_checkpoint(args, global_step, agent, optimizer, envs, kl_coef):
         "shapes": agent.shapes,
         "agent": agent.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "kl_coef": kl_coef,
         "reward_stats": [float(x) for x in envs.reward_stats],
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
@@ -563,15 +561,13 @@ def save_checkpoint(args, global_step, agent, optimizer, envs, kl_coef):
     path.with_suffix(".tmp").replace(path)  # a crash leaves the old file or the new one, never half of one
 
 
-def restore(checkpoint, agent, optimizer, envs, kl_coef):
+def restore(checkpoint, agent, optimizer, envs):
     """Set everything as save_checkpoint found it, except that the environments have begun new episodes."""
     try:
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     except (RuntimeError, ValueError) as error:
         raise UsageError("--resume: another network or environment, drop flags that change these") from error
-    if kl_coef is not None and checkpoint["kl_coef"] is not None:
-        kl_coef.copy_(checkpoint["kl_coef"])
     envs.reward_stats = checkpoint["reward_stats"]
     torch.set_rng_state(checkpoint["torch_rng"])
     torch.cuda.set_rng_state_all(checkpoint["cuda_rng"][: torch.cuda.device_count()])
@@ -591,8 +587,7 @@ def load_checkpoint(path):
         agent = Agent(gym.spaces.Box(-math.inf, math.inf, obs_shape), gym.spaces.Box(-1, 1, actions), args)
         agent.load_state_dict(checkpoint["agent"])
     except Exception as error:  # torch.load does not say what a damaged file raises
-        reason = " ".join(f"{error!r:.200}".split())
-        raise UsageError(f"{path}: damaged, or not of this script ({reason})") from error
+        raise UsageError(f"{path}: damaged, or not of this script ({error!r:.200})") from error
     return checkpoint | {"path": path, "args": args, "trained": agent.eval().requires_grad_(False)}
 
 
@@ -602,18 +597,22 @@ def load_agent(checkpoint):
 
 
 @torch.no_grad()
+@torch.random.fork_rng(devices=[])  # a training that evaluates draws on as if it had not
 def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=2**30, capture_video=False, **changes):
     """Raw returns of whole episodes on the CPU, (num_episodes,). seed: by default beyond those of training.
-    changes: of saved arguments. Seeds torch, numpy and random. UsageError for bad input, endless episodes."""
+    changes: of saved arguments. UsageError for bad input, endless episodes."""
     require(num_episodes > 0, f"--eval-episodes {num_episodes}: use 1 or more")
-    saved = load_checkpoint(checkpoint)
+    saved, states = load_checkpoint(checkpoint), (random.getstate(), np.random.get_state())
     args, agent = dataclasses.replace(saved["args"], **changes), saved["trained"]
+    require(args.max_episode_steps >= 0, f"--max-episode-steps {args.max_episode_steps}: use 0 or more")
     folder = saved["path"].parent / "videos" / f"step-{saved['global_step']}-seed-{seed}"
     returns = []
     with closing(make_envs(args, 1, str(folder) if capture_video else None)) as envs:
         fits = Agent(envs.single_observation_space, envs.single_action_space, args).shapes == agent.shapes
         require(fits, f"--env-id {args.env_id} has observations or actions of other shapes than the agent")
-        seed_everything(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
         obs, _ = envs.reset(seed=seed)
         for _ in tqdm(range(num_episodes), unit="episode", disable=None):
             infos = {}
@@ -624,6 +623,8 @@ def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=2**30, captu
                 endless = envs.episode_lengths[0] > max(100_000, args.max_episode_steps)
                 require(not endless, "evaluation: an episode does not end, cut it: --max-episode-steps 1000")
             returns.append(infos["episode"]["r"][0])
+    random.setstate(states[0])
+    np.random.set_state(states[1])
     return np.array(returns)
 
 

@@ -117,7 +117,7 @@ class OddInfos(Count):
 
 
 class Dies(Count):
-    """The first environment does, in its second step, as a process that is out of memory."""
+    """That with an odd seed does, in its second step, as a process that is out of memory."""
 
     def step(self, action):
         if self.count == 1 and self.tag % 2:

@@ -7,6 +7,7 @@ test_siblings.py proves: where train plays no part, one script is tested.
 import dataclasses
 import itertools
 import math
+import random
 from collections import OrderedDict
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def test_checkpoints_come_every_save_every_iterations_and_at_the_end(script, tra
 
 
 def test_stop_requested_ends_the_run_after_the_iteration_with_a_checkpoint(script, train):
-    """It is asked once per iteration: one that says yes only once is heard."""
+    """It is asked once per iteration, the last one included: one that says yes only once is heard."""
     asked = []
 
     def stop_requested():
@@ -82,6 +83,8 @@ def test_stop_requested_ends_the_run_after_the_iteration_with_a_checkpoint(scrip
     assert same(state(script.load_agent(result["run_dir"])), state(result["agent"]))
     assert len(scalars(result)["losses/value_loss"]) == 2
     assert resume(script, result)["global_step"] == 80
+    train(script, "Count", 3, stop_requested=lambda: bool(asked.append(1)))
+    assert len(asked) == 2 + 3
 
 
 # --- acting with what was saved ---
@@ -177,9 +180,10 @@ def test_b38_resumed_run_is_the_uninterrupted_one(name, objective, train, monkey
     assert resumed["run_dir"] == half["run_dir"]
     assert same(state(whole["agent"]), state(resumed["agent"]))
     files = checkpoint_of(whole), checkpoint_of(resumed)
-    assert files[0]["kl_coef"] == (None if objective == "clip" else 1 / 16)
+    betas = [x["args"]["kl_penalty_coef"] for x in files]
+    assert betas == [1.0 if objective == "clip" else 1 / 16] * 2
     assert files[0].keys() == files[1].keys()
-    for key in files[0].keys() - {"args"}:  # optimiser, statistics, generators, beta
+    for key in files[0].keys() - {"args"}:  # optimiser, statistics, generators
         assert plain(files[0][key]) == plain(files[1][key]), key
 
 
@@ -193,6 +197,20 @@ def test_b38_resumed_environments_get_new_seeds(script, train, watch):
     assert len(tags[1]) == 2
     assert not tags[0] & tags[1]
     assert len(scalars(half)["losses/value_loss"]) == 4, "the curves go on"
+
+
+def test_b38_what_draws_from_the_generators_of_numpy_and_python_does_not_repeat(script, train, monkeypatch):
+    drawn, make_envs = [], script.make_envs
+
+    def spied(*args):
+        drawn.append((random.random(), np.random.rand()))
+        return make_envs(*args)
+
+    monkeypatch.setattr(script, "make_envs", spied)
+    half = train(script, "Count", 1)
+    resume(script, half, total_timesteps=32)
+    resume(script, half, total_timesteps=48)
+    assert [len(set(x)) for x in zip(*drawn, strict=True)] == [3, 3]
 
 
 def test_resume_refuses_another_network_and_a_run_at_its_end(discrete, train):

@@ -4,6 +4,7 @@ import itertools
 import math
 import multiprocessing
 import signal
+import threading
 from pathlib import Path
 
 import ale_py
@@ -28,6 +29,7 @@ def make(play):
         made.append(script.make_envs(script.Args(env_id=play(script, name), **flags), num_envs))
         return made[-1]
 
+    start.made = made
     yield start
     for envs in made:
         envs.close()
@@ -61,6 +63,20 @@ def test_environments_are_closed(discrete, train, vectorization):
     """Each of them, in its worker too: it may hold a simulator, a file or a connection."""
     train(discrete, "Closes", vectorization=vectorization, seed=5)
     assert sorted(path.name for path in Path().glob("closed-*")) == ["closed-5", "closed-6"]
+
+
+def test_environments_that_were_interrupted_in_a_step_are_closed(mlp_script, make):
+    """One worker was heard, and its answer is lost, as by Ctrl-C: nothing waits for it."""
+    envs = make(mlp_script, "Count", 2, vectorization="async").unwrapped
+    envs.reset(seed=1)
+    limit = threading.Timer(60, lambda: [x.kill() for x in envs.processes])  # it would wait for ever
+    limit.start()
+    envs.step_async(envs.action_space.sample())
+    envs.parent_pipes[0].recv()
+    with pytest.warns(UserWarning, match="Calling `close` while waiting"):
+        make.made[-1].close()
+    limit.cancel()
+    assert not any(x.is_alive() for x in envs.processes)
 
 
 def test_signals_of_a_process_that_makes_async_environments_stay(mlp_script, make, monkeypatch):

@@ -4,6 +4,7 @@ evaluate and load_agent are the same in the three scripts, which test_siblings.p
 """
 
 import os
+import random
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, REAL, SCRIPTS, TINY, copied, resume, saved
+from conftest import NAMES, REAL, SCRIPTS, TINY, copied, plain, resume, saved
 from PIL import Image
 
 
@@ -124,6 +125,26 @@ def test_evaluation_repeats_with_its_seed(continuous, run):
     assert path.read_bytes() == before, "the checkpoint is not touched"
 
 
+def test_a_training_that_evaluates_is_the_same_training(script, train):
+    """In each iteration: what evaluation draws, with a seed of its own, takes nothing from the training."""
+    path = train(script, "Count")["run_dir"]
+
+    def trained(each_iteration):
+        drawn = []
+
+        def stop_requested():
+            each_iteration()
+            drawn.append((random.random(), np.random.rand(), torch.rand(1).item()))
+            return False
+
+        agent = train(script, "Count", 3, stop_requested)["agent"]
+        return drawn, plain(agent.state_dict())
+
+    alone = trained(lambda: None)
+    assert len(set(alone[0])) == 3
+    assert trained(lambda: script.evaluate(path, 1)) == alone
+
+
 def test_seeds_of_evaluations_cannot_meet_those_of_a_training(script, train, cli, monkeypatch):
     """Also where it was resumed after so many steps: each environment of it has a seed below 2**30."""
     seed, done = 10**9, 2**30 - 10**9
@@ -150,6 +171,8 @@ def test_the_time_limit_is_that_of_the_training_or_the_one_given(script, train):
     path = train(script, "CountEndless", max_episode_steps=3)["run_dir"]
     assert script.evaluate(path, 2).tolist() == [3, 3]
     assert script.evaluate(path, 2, max_episode_steps=5).tolist() == [5, 5]
+    with pytest.raises(script.UsageError, match="--max-episode-steps -5: use 0 or more"):
+        script.evaluate(path, 2, max_episode_steps=-5)
 
 
 def test_an_episode_without_end_is_stopped(discrete, train, monkeypatch):

@@ -37,7 +37,7 @@ def test_a_kill_while_saving_leaves_a_checkpoint_that_opens_and_resumes(script, 
         if child == 0:
             try:
                 while True:
-                    script.save_checkpoint(args, 16, agent, optimizer, envs, None)
+                    script.save_checkpoint(args, 16, agent, optimizer, envs)
             finally:
                 os._exit(1)
         until = time.time() + 20
@@ -53,9 +53,11 @@ def test_a_kill_while_saving_leaves_a_checkpoint_that_opens_and_resumes(script, 
     assert resume(script, result, total_timesteps=2 * result["global_step"])["global_step"] == 32
 
 
-def test_a_worker_that_dies_ends_the_run():
-    """At once, although the other one still waits for its next step."""
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_worker_that_dies_ends_the_run(seed):
+    """At once, although the other one still waits for its next step, or has given its result before."""
     argv = ["--env-id", "stub_envs:Dies-v0", *TINY, "--run-dir", "run", "--vectorization", "async"]
+    argv += ["--seed", str(seed)]
     program = [sys.executable, SCRIPTS / "ppo_discrete.py", *argv]
     done = subprocess.run(program, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "EOFError" in done.stderr, done.stderr

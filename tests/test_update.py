@@ -267,6 +267,13 @@ def test_beta_follows_the_kl_of_the_whole_batch_after_the_update(script, train, 
     assert scalars(result)["charts/kl"] == pytest.approx([expected], rel=1e-3, abs=1e-7)
 
 
+def test_beta_goes_on_from_where_it_was_or_from_what_is_typed(script, train):
+    half = train(script, "Ids", 2, **PENALTY | {"kl_penalty_target": 1e3})
+    resume(script, half, total_timesteps=48)
+    resume(script, half, total_timesteps=64, kl_penalty_coef=3.0)
+    assert scalars(half)["charts/kl_coef"] == [0.5, 0.25, 0.125, 3.0]
+
+
 @pytest.mark.parametrize(("target", "limit"), [(0.0, 1e6), (1e3, 1e-6)])
 def test_beta_stays_where_it_can_come_back_from(mlp_script, train, target, limit):
     flags = PENALTY | {"kl_penalty_target": target, "kl_penalty_coef": limit}
