@@ -273,7 +273,7 @@ OTHER_NAMES = {
     "render",
     "render_modes",
 }
-OTHER_NAMES |= {"Normal", "ruff", "uv"}
+OTHER_NAMES |= {"Normal", "np_random", "ruff", "scancel", "uv"}
 
 
 def test_names_in_the_text_exist():
