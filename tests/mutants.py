@@ -117,7 +117,7 @@ MUTANTS = [
         "seed=(args.seed + global_step) % 10**9",
         "seed=[args.seed + global_step] * N",
     ),
-    ("checkpoint", "b37", "continuous", "torch.manual_seed(seed)", "pass"),
+    ("checkpoint", "b37", "continuous", "torch.manual_seed(args.seed)", "pass"),
     ("checkpoint", "b38_resumed_run_is and discrete-clip", "discrete", "optimizer.load_state_dict", "dict"),
     ("rollout", "b39_vector", "discrete", STEPS, STORES_LATE),
     ("rollout", "b40", "continuous", "actions.clip(space.low, space.high)", "actions"),
