@@ -16,6 +16,7 @@ import tomllib
 
 import pytest
 from conftest import MLP, NAMES, ROOT, SCRIPTS
+from mutants import MUTANTS
 
 PAIRS = list(itertools.combinations(NAMES, 2))
 
@@ -31,6 +32,12 @@ def text(name):
 def source(name, what):
     """The source of a function or class of a script, or of a method: Agent.act."""
     return inspect.getsource(operator.attrgetter(what)(module(name)))
+
+
+def test_every_mutant_finds_its_fragment():
+    """Once in the scripts as they are; tests/mutants.py itself takes too long to run with the tests."""
+    for mutant in MUTANTS:
+        assert (ROOT / f"ppo_{mutant.script}.py").read_text().count(mutant.old) == 1, mutant
 
 
 # --- functions and classes ---
