@@ -297,7 +297,7 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
             optimizer.param_groups[0]["lr"] = lr
 
             # --- 2. rollout: T steps of N environments, across the ends of episodes ---
-            # casts nothing itself; while it is open, features() casts its weights to bf16 once, not each step
+            # casts nothing itself, but keeps the weights that features() cast to bf16, for all T steps
             with torch.no_grad(), torch.autocast(device.type, enabled=False):
                 for t in range(T):
                     obs[t], actions[t], logprobs[t], values[t] = act(as_tensor(next_obs))
@@ -325,7 +325,7 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
                     optimizer.zero_grad()
                     stats = compute_gradients(agent, batch, mb_inds, args, kl_coef)
                     kl_exceeded = len(step_stats) > 0 and 0 < args.target_kl < stats["approx_kl"]
-                    if kl_exceeded:  # [ours 3] the steps so far went too far: drop this gradient
+                    if kl_exceeded:  # [ours 3] drop this gradient; the first one of an update is always used
                         break
                     optimizer.step()
                     step_stats.append(stats)
@@ -339,7 +339,7 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
                 args.kl_penalty_coef = kl_coef.item()  # saved: --resume goes on from it
 
             # --- 5. logs, checkpoint: no part of the algorithm; losses are means [ours 4] ---
-            losses = {x: torch.stack([stats[x] for stats in step_stats]).mean().item() for x in step_stats[0]}
+            losses = {k: torch.stack([step[k] for step in step_stats]).mean().item() for k in step_stats[0]}
             check_finite(losses, agent, global_step)  # [ours 5] before it is saved
             if returns.var() > 0:  # V before the update; 1: right up to a constant, 0: no better than one
                 losses["explained_variance"] = 1 - (returns - values).var() / returns.var()
@@ -413,15 +413,11 @@ class RecordColour(gym.vector.VectorWrapper):
             self.filming = not (terminated[0] or truncated[0])  # then the frame is of the next game
             if self.filming:
                 self.frames.append(frame)
+            elif self.frames:
+                from gymnasium.utils.save_video import save_video  # wants moviepy, which only films need
+
+                save_video(self.frames, self.folder, fps=15)
         return obs, rewards, terminated, truncated, infos
-
-    def close(self, **kwargs):
-        if self.frames:
-            from gymnasium.utils.save_video import save_video  # wants moviepy, which only films need
-
-            save_video(self.frames, self.folder, fps=15)
-        self.colour_envs.close()
-        super().close(**kwargs)
 
 
 def make_envs(args, num_envs, video_folder=None):
@@ -445,7 +441,6 @@ def make_envs(args, num_envs, video_folder=None):
         "maxpool": True,
         "use_fire_reset": True,
         "repeat_action_probability": sticky,
-        "full_action_space": False,
         "max_num_frames_per_episode": 4 * min(steps, 27_000),
         "episodic_life": False,  # True would reset the game at a lost life
         "life_loss_info": False,  # True would hide where games end
@@ -689,17 +684,15 @@ def open_log(args, global_step, device):
     if args.track:
         import wandb
 
-        run = {"project": args.wandb_project_name, "entity": args.wandb_entity or None}
-        run |= {"name": Path(args.run_dir).name, "reinit": "finish_previous"}
-        wandb.init(**run, config=vars(args), sync_tensorboard=True)
+        run = {"project": args.wandb_project_name, "entity": args.wandb_entity or None, "config": vars(args)}
+        wandb.init(**run, name=Path(args.run_dir).name, sync_tensorboard=True, reinit="finish_previous")
     B = args.num_steps * args.num_envs
     total = args.total_timesteps // B * B
     print(f"{args.run_dir}: {total // B} iterations of {B} steps = {total:,} on {device}", flush=True)
     writer = SummaryWriter(args.run_dir, purge_step=global_step + 1)  # later points are of an earlier run
     writer.add_text("hyperparameters", "  \n".join(f"{x}: {y}" for x, y in vars(args).items()))
-    scale = {"total": total, "initial": global_step, "unit": "step", "unit_scale": True}
-    with writer, tqdm(**scale, disable=None) as bar:  # disable=None: no bar in a file
-        yield writer, bar
+    with writer, tqdm(total=total, initial=global_step, unit="step", unit_scale=True, disable=None) as bar:
+        yield writer, bar  # disable=None: no bar in a file
 
 
 def write_log(writer, bar, charts, losses, global_step):

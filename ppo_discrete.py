@@ -343,7 +343,7 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
                     optimizer.zero_grad()
                     stats = compute_gradients(agent, batch, mb_inds, args, kl_coef)
                     kl_exceeded = len(step_stats) > 0 and 0 < args.target_kl < stats["approx_kl"]
-                    if kl_exceeded:  # [ours 3] the steps so far went too far: drop this gradient
+                    if kl_exceeded:  # [ours 3] drop this gradient; the first one of an update is always used
                         break
                     optimizer.step()
                     step_stats.append(stats)
@@ -357,7 +357,7 @@ def train(args, stop_requested=lambda: False, compute_gradients=compute_gradient
                 args.kl_penalty_coef = kl_coef.item()  # saved: --resume goes on from it
 
             # --- 5. logs, checkpoint: no part of the algorithm; losses are means [ours 4] ---
-            losses = {x: torch.stack([stats[x] for stats in step_stats]).mean().item() for x in step_stats[0]}
+            losses = {k: torch.stack([step[k] for step in step_stats]).mean().item() for k in step_stats[0]}
             check_finite(losses, agent, global_step)  # [ours 5] before it is saved
             if returns.var() > 0:  # V before the update; 1: right up to a constant, 0: no better than one
                 losses["explained_variance"] = 1 - (returns - values).var() / returns.var()
@@ -453,8 +453,7 @@ def make_envs(args, num_envs, video_folder=None):
             require(util.find_spec("moviepy"), "--capture-video: pip install moviepy")
             os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")  # no display
             env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: episode == 0)
-        vector = gym.spaces.Box | gym.spaces.MultiBinary
-        if not isinstance(env.observation_space, vector) or len(env.observation_space.shape) != 1:
+        if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
             env = gym.wrappers.FlattenObservation(env)  # matrices, dictionaries; integers as one-hot
         return DropInfos(env)
 
@@ -643,17 +642,15 @@ def open_log(args, global_step, device):
     if args.track:
         import wandb
 
-        run = {"project": args.wandb_project_name, "entity": args.wandb_entity or None}
-        run |= {"name": Path(args.run_dir).name, "reinit": "finish_previous"}
-        wandb.init(**run, config=vars(args), sync_tensorboard=True)
+        run = {"project": args.wandb_project_name, "entity": args.wandb_entity or None, "config": vars(args)}
+        wandb.init(**run, name=Path(args.run_dir).name, sync_tensorboard=True, reinit="finish_previous")
     B = args.num_steps * args.num_envs
     total = args.total_timesteps // B * B
     print(f"{args.run_dir}: {total // B} iterations of {B} steps = {total:,} on {device}", flush=True)
     writer = SummaryWriter(args.run_dir, purge_step=global_step + 1)  # later points are of an earlier run
     writer.add_text("hyperparameters", "  \n".join(f"{x}: {y}" for x, y in vars(args).items()))
-    scale = {"total": total, "initial": global_step, "unit": "step", "unit_scale": True}
-    with writer, tqdm(**scale, disable=None) as bar:  # disable=None: no bar in a file
-        yield writer, bar
+    with writer, tqdm(total=total, initial=global_step, unit="step", unit_scale=True, disable=None) as bar:
+        yield writer, bar  # disable=None: no bar in a file
 
 
 def write_log(writer, bar, charts, losses, global_step):
