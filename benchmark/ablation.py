@@ -1,6 +1,5 @@
 """What each detail is worth: ablation.csv, from results.csv and random play
 
-    pip install -r benchmark/requirements.txt
     python benchmark/ablation.py
     python benchmark/ablation.py --random-play    # first 100 random episodes of each task: random_play.csv
 
@@ -8,7 +7,7 @@ The score of a run is 0 for the mean return of random actions and 1 for the mean
 the same task. A row has the mean score of a variant over the seeds and tasks of its group, and a 95 %
 interval by Welch's formula, from the standard deviations of the variant and of the script as it is: with so
 few seeds, a bootstrap gives intervals that are too narrow. The interval of the script as it is tells how far
-from 1 another sample of it would lie, with as many seeds as a variant has. A row is `clear` if an interval
+from 1 another sample of it, as large, would lie. A row is `clear` if an interval
 that allows for all variants of its group (Bonferroni) leaves 1 out.
 """
 
@@ -58,13 +57,12 @@ def scores_of_runs():
     return rows
 
 
-def interval(samples, ones, seeds, level):
-    """Of the mean over tasks of mean(sample) / mean(one); the mean of each one is 1 in these scores.
-    seeds: of each sample; the samples themselves may have more, of which only the variance is used."""
+def interval(samples, ones, level):
+    """Of the mean over tasks of mean(sample) / mean(one); the mean of each one is 1 in these scores."""
     ratios = np.array([sample.mean() for sample in samples])
-    terms = [x.var(ddof=1) / n for x, n in zip(samples, seeds, strict=True)]
+    terms = [x.var(ddof=1) / len(x) for x in samples]
     terms += [ratio**2 * x.var(ddof=1) / len(x) for ratio, x in zip(ratios, ones, strict=True)]
-    terms, degrees = np.array(terms), np.array([*seeds, *map(len, ones)]) - 1
+    terms, degrees = np.array(terms), np.array([*map(len, samples), *map(len, ones)]) - 1
     if terms.sum() == 0:  # all runs are equal
         return ratios.mean(), ratios.mean()
     freedom = terms.sum() ** 2 / (terms**2 / degrees).sum()  # Welch and Satterthwaite
@@ -72,22 +70,16 @@ def interval(samples, ones, seeds, level):
 
 
 def summarise(rows):
-    """A row per group and variant that was run on all tasks of the group, with two seeds or more on each."""
+    """A row per group and variant; each needs two seeds or more on every task of its group."""
     summary = []
     for group, of_group in rows.groupby("group", sort=False):
-        runs = of_group.groupby(["variant", "env_id"], sort=False)["score"]
-        seeds, runs = runs.size().unstack(fill_value=0, sort=False), runs.apply(np.array).unstack(sort=False)
-        runs, seeds = runs[seeds.min(axis=1) > 1], seeds[seeds.min(axis=1) > 1]
-        if "as-it-is" not in runs.index:
-            continue
-        ones = runs.loc["as-it-is"]
+        runs = of_group.groupby(["variant", "env_id"], sort=False)["score"].apply(np.array)
+        runs = runs.unstack(sort=False)  # a row per variant, a column per task
         for variant, samples in runs.iterrows():
-            counts = seeds.min() if variant == "as-it-is" else seeds.loc[variant]
-            low, high = interval(samples, ones, counts, 0.95)
             row = {"group": group, "variant": variant, "tasks": len(samples)}
-            row |= {"runs": seeds.loc[variant].sum(), "score": np.mean([x.mean() for x in samples])}
-            row |= {"low": low, "high": high}
-            low, high = interval(samples, ones, counts, 1 - 0.05 / max(len(runs) - 1, 1))
+            row |= {"runs": sum(map(len, samples)), "score": np.mean([x.mean() for x in samples])}
+            row["low"], row["high"] = interval(samples, runs.loc["as-it-is"], 0.95)
+            low, high = interval(samples, runs.loc["as-it-is"], 1 - 0.05 / (len(runs) - 1))
             summary.append(row | {"clear": "no" if low <= 1 <= high else "yes"})
     return pd.DataFrame(summary).round(3)
 

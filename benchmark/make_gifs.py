@@ -1,6 +1,5 @@
 """Film trained agents: docs/images/cartpole.gif, lunarlander.gif, halfcheetah.gif and breakout.gif.
 
-    pip install -r benchmark/requirements.txt
     python benchmark/make_gifs.py benchmark/runs/{cartpole-1,lunarlander-1,halfcheetah-1,breakout-10m-1}
 
 Each argument is a run directory. Its agent plays five episodes with seeds that training never used, with

@@ -183,32 +183,25 @@ def measure_cleanrl(args, job):
     runpy.run_path(str(path), run_name="__main__")
 
 
-def products(script, envs, args, obs):
-    """The matrix products and convolutions of a forward pass, and those of a backward pass, as functions."""
-    torch, forward, backward = script.torch, [], []
-    agent = script.Agent(envs.single_observation_space, envs.single_action_space, args)
+def products(script, agent, obs, training):
+    """The matrix products and convolutions of one call of the agent, and if training of its gradient."""
+    from torch.utils._python_dispatch import TorchDispatchMode
 
-    def note(module, inputs, y):
-        (x,) = inputs
-        weight, dy = module.weight.detach().to(x.dtype), torch.randn_like(y).to(x.dtype)
-        first = x.shape[1:] == obs.shape[1:]  # needs no gradient of its input
-        if isinstance(module, torch.nn.Conv2d):
-            forward.append(partial(torch.conv2d, x, weight, None, module.stride))
-            shapes = (None, module.stride, [0, 0], [1, 1], False, [0, 0], 1, [not first, True, False])
-            backward.append(partial(torch.ops.aten.convolution_backward, dy, x, weight, *shapes))
-        else:
-            forward.append(partial(torch.nn.functional.linear, x, weight))
-            backward.append(partial(torch.matmul, dy.T, x))
-            if not first:
-                backward.append(partial(torch.matmul, dy, weight))
+    calls = []
 
-    kinds = torch.nn.Linear | torch.nn.Conv2d
-    for module in agent.modules():
-        if isinstance(module, kinds):
-            module.register_forward_hook(note)
-    with torch.no_grad():
-        agent.get_action_and_value(agent.normalize(obs))
-    return forward, backward
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            if name in ("mm", "addmm", "convolution", "convolution_backward"):
+                calls.append(partial(getattr(script.torch, name, function), *args))  # torch.mm starts faster
+            return function(*args, **kwargs or {})
+
+    obs = agent.normalize(obs)
+    with Recorder(), script.torch.set_grad_enabled(training):
+        _, logprob, _, value = agent.get_action_and_value(obs)
+        if training:
+            (logprob + value).sum().backward()
+    return calls
 
 
 def measure_limit(script, args, job):
@@ -219,12 +212,14 @@ def measure_limit(script, args, job):
     obs = torch.tensor(bare.reset(seed=1)[0])
     bare.action_space.seed(1)
     actions = [bare.action_space.sample() for _ in range(args.num_steps)]
-    size = args.num_steps * args.num_envs // args.num_minibatches
-    act, _ = products(script, envs, args, obs)
-    forward, backward = products(script, envs, args, obs[torch.arange(size) % len(obs)])
-    update = (forward + backward) * (args.update_epochs * args.num_minibatches)
-    if job["program"] == "environments":
-        act = update = []
+    act = update = []
+    if job["program"] != "environments":
+        agent = script.Agent(envs.single_observation_space, envs.single_action_space, args)
+        size = args.num_steps * args.num_envs // args.num_minibatches
+        act = products(script, agent, obs, training=False)
+        update = products(script, agent, obs[torch.arange(size) % len(obs)], training=True)
+        update *= args.update_epochs * args.num_minibatches
+    torch.set_grad_enabled(False)  # the gradients are among the products
     clock = Clock(job, args)
     clock.watch(bare)
     while True:

@@ -1,6 +1,5 @@
 """Draw the plots of docs/images/ from curves.csv, results.csv and random_play.csv.
 
-    pip install -r benchmark/requirements.txt
     python benchmark/plots.py
 
 curves.png has some tasks of each script, classic.png and its like the recipes of a group. Lines are means

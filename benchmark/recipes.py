@@ -1,6 +1,7 @@
-"""Reads recipes.toml and numerics.toml, for run.py, plots.py, update_docs.py and the tests."""
+"""Reads recipes.toml and numerics.json, for run.py, plots.py, update_docs.py and the tests."""
 
 import importlib
+import json
 import math
 import platform
 import re
@@ -48,7 +49,7 @@ def patch_of(script, patch):
 
 def read_numerics():
     """{script: {losses: of its first two iterations, commits: whose rows have these numerics}}."""
-    return tomllib.loads((HERE / "numerics.toml").read_text())
+    return json.loads((HERE / "numerics.json").read_text())
 
 
 def processor():

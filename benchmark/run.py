@@ -1,6 +1,5 @@
 """Train the recipes of recipes.toml, evaluate them, and add a row per run to results.csv.
 
-    pip install -r benchmark/requirements.txt
     python benchmark/run.py cartpole halfcheetah        # recipes, or groups such as `classic`; none: all
     python benchmark/run.py classic --list              # what is done, and what is left
     python benchmark/plots.py && python benchmark/update_docs.py
@@ -75,30 +74,20 @@ def machine(run):
     }
 
 
-def note_commit(scripts, commit, new_numerics):
-    """Put commit on the list of those whose rows have the present numerics; a new list if these changed."""
+def note_commit(scripts, commit):
+    """Put commit on the list of those whose rows have the present numerics."""
     numerics = read_numerics()
-    folder = tempfile.mkdtemp()  # for the scripts of that commit, whatever has been edited since
-    sys.path.insert(0, folder)
-    for script in scripts:
-        Path(folder, f"{script}.py").write_bytes(git("show", f"{commit}:{script}.py"))
-        losses, known = losses_of(script), numerics.get(script, {"losses": {}, "commits": []})
-        if not same_losses(losses, known["losses"]):
-            if not new_numerics:
-                sys.exit(f"error: {script}.py prints other losses than numerics.toml has: --new-numerics")
-            known = {"losses": losses, "commits": []}
-        known["commits"] = sorted({*known["commits"], commit})
-        numerics[script] = known
-    lines = [
-        "# Written by run.py. Of each script: the commits whose rows were made with its present numerics, and"
-    ]
-    lines += ["# the losses of two iterations of a small run. Rows of other commits are marked in the docs."]
-    for script, known in sorted(numerics.items()):
-        lines += ["", f"[{script}]", f"commits = {json.dumps(known['commits'])}", f"[{script}.losses]"]
-        lines += [f"{name} = [{', '.join(f'{x:.6g}' for x in xs)}]" for name, xs in known["losses"].items()]
-    (HERE / "numerics.toml").write_text("\n".join(lines) + "\n")
-    sys.path.remove(folder)
-    shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory() as folder:  # for the scripts of that commit: they may be edited since
+        sys.path.insert(0, folder)
+        for script in scripts:
+            Path(folder, f"{script}.py").write_bytes(git("show", f"{commit}:{script}.py"))
+            losses = losses_of(script)
+            known = numerics.setdefault(script, {"losses": losses, "commits": []})
+            if not same_losses(losses, known["losses"]):
+                sys.exit(f"error: other losses than numerics.json has; if you meant it, delete its {script}")
+            known["commits"] = sorted({*known["commits"], commit})
+        sys.path.remove(folder)
+    (HERE / "numerics.json").write_text(json.dumps(numerics, indent=1, sort_keys=True) + "\n")
 
 
 def execute(run):
@@ -114,21 +103,17 @@ def set_up(run):
     run_dir.mkdir(parents=True, exist_ok=True)
     script = run_dir / f"{run.script}.py"
     what = " ".join(x for x in (run.env_id, run.flags, run.patch) if x)
-    if not script.exists():
-        (run_dir / "commit").write_text(run.commit)
-        (run_dir / "recipe").write_text(what)
-        copy = run_dir / "copy" / script.name  # it takes its place when all has been done to it
-        copy.parent.mkdir(exist_ok=True)
-        copy.write_bytes(git("show", f"{run.commit}:{script.name}"))
+    if not (run_dir / "recipe").exists():
+        original = git("show", f"{run.commit}:{script.name}")
+        script.write_bytes(original)
         if run.patch:
-            original = copy.read_bytes()
             # outside of a repository, as it were: inside of one, git takes paths from its top
             alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(RUNS)}
             patch = git("show", f"{run.commit}:{patch_of(run.script, run.patch)}")
-            subprocess.run(["git", "apply"], input=patch, cwd=copy.parent, env=alone, check=True)
-            assert copy.read_bytes() != original, f"the patch {run.patch} changed nothing"
-        copy.replace(script)
-        copy.parent.rmdir()
+            subprocess.run(["git", "apply"], input=patch, cwd=run_dir, env=alone, check=True)
+            assert script.read_bytes() != original, f"the patch {run.patch} changed nothing"
+        (run_dir / "commit").write_text(run.commit)
+        (run_dir / "recipe").write_text(what)  # last: where it is, all has been done
     made_for = (run_dir / "recipe").read_text().strip()
     assert made_for == what, f"{run_dir} is of another recipe, {made_for}: remove it"
     return run_dir, script
@@ -227,7 +212,6 @@ def main(
     threads: int = 1,
     again: bool = False,
     list: bool = False,
-    new_numerics: bool = False,
 ):
     """Run what has no row yet.
 
@@ -238,7 +222,6 @@ def main(
         threads: of each run, for torch and for the emulators of Atari.
         again: also what has a row, from the beginning.
         list: only say what is done and what is left.
-        new_numerics: the numbers of a script have changed on purpose; its older rows are marked from now on.
     """
     commit = git("rev-parse", "--short", "HEAD").decode().strip()
     results = pd.read_csv(HERE / "results.csv", dtype=str, keep_default_na=False)
@@ -269,7 +252,7 @@ def main(
         for run in todo:
             shutil.rmtree(RUNS / f"{run.recipe}-{run.seed}", ignore_errors=True)
 
-    note_commit(sorted({run.script for run in todo}), commit, new_numerics)
+    note_commit(sorted({run.script for run in todo}), commit)
     failed = []
     start = time.time()
     spawn = multiprocessing.get_context("spawn")

@@ -1,6 +1,5 @@
 """Steps per second of the scripts, of Stable-Baselines3 at the same hyperparameters, and of the machine.
 
-    pip install -r benchmark/requirements.txt
     python benchmark/speed.py                         # all that this machine can do: speed.csv
     python benchmark/speed.py --tasks cartpole "growth cartpole" --rounds 20
     CLEANRL=cleanrl CLEANRL_PYTHON=venv/bin/python python benchmark/speed.py --tasks "cleanrl cartpole"

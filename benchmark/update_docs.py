@@ -6,23 +6,22 @@ It fills
 - tables marked <!-- variants: group -->, of an ablation from results.csv and ablation.csv, of a selection
   from results.csv;
 - the other tables of TABLES, marked by their names, from speed.csv;
-- of tables whose first column is `tag`, `where` from the scripts themselves, `without it` from ablation.csv.
+- of tables whose first column is `tag`, `without it` from ablation.csv.
 All else stays as it is; a second run changes nothing. tests/test_docs.py fails while a page is out of date.
 """
 
 import functools
+import math
 import re
 import statistics
-from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
 from recipes import read_numerics, read_recipes
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("discrete", "continuous", "atari")
 NOT_MEASURED = "not measured"
-TAG = re.compile(r"\[((?:core|cont|atari|ours) \d+)\]")
 DEFAULTS = ("classic", "mujoco-v5", "mujoco-v4", "atari-10m")  # groups of recipes, one per task
 ABLATIONS = {"classic": "classic control", "mujoco": "MuJoCo", "atari": "Breakout"}
 SPEEDS = {  # columns of speed.csv: those of a table, with their form
@@ -121,11 +120,12 @@ def recipes_table(group):
 
 def chance(one, other):
     """How often a random split of all numbers has means at least as far apart: an exact permutation test."""
-    total, splits = [*one, *other], combinations(range(len(one) + len(other)), len(one))
-    sums = [sum(total[i] for i in split) for split in splits]
-    middle = sum(total) * len(one) / len(total)  # of the sums
-    distance = abs(sum(one) - middle) - 1e-9  # rounding
-    return sum(abs(x - middle) >= distance for x in sums) / len(sums)
+
+    def distance(x, y, axis=0):
+        return abs(x.mean(axis) - y.mean(axis))
+
+    exact = {"n_resamples": math.inf, "alternative": "greater"}
+    return stats.permutation_test((one, other), distance, **exact).pvalue
 
 
 def tianshou_table():
@@ -207,30 +207,6 @@ def growth_table():
     return table_of(["`--num-envs`", *medians], rows)
 
 
-@functools.cache
-def tagged(script, folder=ROOT):
-    """{tag: names of the functions and classes that carry it}, the docstring of the file left out."""
-    found, outer, place = {}, "", "the file"
-    for line in (folder / f"ppo_{script}.py").read_text().split('"""', 2)[2].splitlines():
-        if start := re.match(r"(?:class|def) (\w+)", line):
-            outer = place = start[1]
-        elif method := re.match(r"    def (\w+)\(self", line):
-            place = f"{outer}.{method[1]}"
-        for tag in TAG.findall(line):
-            found.setdefault(tag, []).append(place)
-    return found
-
-
-def where(tag):
-    """`train`, in all three; or, for instance, `Agent` (discrete, continuous)."""
-    scripts = {}
-    for script in SCRIPTS:
-        for name in tagged(script).get(tag, []):
-            scripts.setdefault(name, []).append(script)
-    in_some = {name: f" ({', '.join(x)})" if len(x) < len(SCRIPTS) else "" for name, x in scripts.items()}
-    return ", ".join(f"`{name}`{which}" for name, which in in_some.items())
-
-
 TABLES = {
     "recipes": recipes_table,
     "variants": variants_table,
@@ -256,11 +232,7 @@ def filled(match):
     header, _, *rows = map(split, match[0].splitlines())
     defaults = {x["env_id"]: name for name, x in read_recipes().items() if x["group"] in DEFAULTS}
     for row in rows:
-        known = {}
-        if header[0] == "tag":
-            known = {"where": where(row[0]), "without it": without(row[0])}
-        else:
-            known = cells_of(defaults[row[0]])
+        known = {"without it": without(row[0])} if header[0] == "tag" else cells_of(defaults[row[0]])
         row[:] = [known.get(name, cell) for name, cell in zip(header, row, strict=True)]
     return table_of(header, rows)
 

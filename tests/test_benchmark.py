@@ -11,12 +11,15 @@ import statistics
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 import tyro
 from conftest import NAMES, ROOT, SCRIPTS
+from scipy import stats
 
 sys.path.append(str(ROOT / "benchmark"))
+import ablation
 import recipes
 import update_docs
 
@@ -106,29 +109,22 @@ def test_scores_of_the_ablation_are_what_the_rows_say():
 
 
 def test_the_ablation_in_the_repository_is_what_the_rows_give():
-    pytest.importorskip("scipy", reason="pip install -r benchmark/requirements.txt")
-    import ablation
-
     written = pd.read_csv(ROOT / "benchmark" / "ablation.csv")
     pd.testing.assert_frame_equal(ablation.summarise(ablation.scores_of_runs()), written, check_dtype=False)
 
 
 def test_intervals_of_the_ablation_are_welchs():
     """With one task, and equal means: those of the difference of means that scipy computes."""
-    stats = pytest.importorskip("scipy.stats", reason="pip install -r benchmark/requirements.txt")
-    import ablation
-    import numpy as np
-
     sample, one = np.array([0.7, 1.4, 0.9]), np.array([1.3, 0.8, 1.1, 0.6, 1.2])
     welch = stats.ttest_ind(sample, one, equal_var=False).confidence_interval(0.9)
     expected = pytest.approx((1 + welch.low, 1 + welch.high))
-    assert ablation.interval([sample], [one], [3], 0.9) == expected
+    assert ablation.interval([sample], [one], 0.9) == expected
     # two tasks of the same numbers: half the variance, twice the degrees of freedom
-    low, high = ablation.interval([sample] * 2, [one] * 2, [3, 3], 0.9)
+    low, high = ablation.interval([sample] * 2, [one] * 2, 0.9)
     freedom, error = 2 * welch_freedom(sample, one), welch_error(sample, one) / 2**0.5
     assert (low, high) == pytest.approx(stats.t.interval(0.9, freedom, 1, error))
     # a score of 2 doubles what the uncertain mean of the script as it is contributes
-    low, high = ablation.interval([sample + 1], [one], [3], 0.9)
+    low, high = ablation.interval([sample + 1], [one], 0.9)
     freedom, error = welch_freedom(sample, 2 * one), welch_error(sample, 2 * one)
     assert (low, high) == pytest.approx(stats.t.interval(0.9, freedom, 2, error))
 
@@ -181,7 +177,6 @@ def test_every_patch_fits_the_script(tmp_path):
 
 def test_a_second_runner_leaves_the_first_alone(monkeypatch, tmp_path):
     """Two would train in the same directories and write the same rows; here another process has the lock."""
-    pytest.importorskip("filelock")
     runner = importlib.import_module("run")
     monkeypatch.setattr(runner, "RUNS", tmp_path)
     monkeypatch.setattr(runner, "note_commit", lambda *args: pytest.fail("it went on"))
@@ -196,7 +191,6 @@ def test_a_second_runner_leaves_the_first_alone(monkeypatch, tmp_path):
 
 def test_a_row_names_the_machine_that_trained(monkeypatch):
     """With its GPU only where the script takes one by itself, and with the threads of the run."""
-    pytest.importorskip("filelock")
     runner = importlib.import_module("run")
     monkeypatch.setattr(runner.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(runner.torch.cuda, "get_device_name", lambda: "Some GPU")
