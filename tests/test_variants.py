@@ -287,12 +287,14 @@ def test_a_picture_beside_a_vector(variant, monkeypatch, tmp_path):
     assert np.allclose(seen[0][0].numpy(), image.transpose(2, 0, 1))
 
 
-def test_another_picture_is_refused(variant, monkeypatch, tmp_path):
+def test_another_picture_or_another_place_is_refused(variant, monkeypatch, tmp_path):
     script = variant("dict-observations")
     larger = Dict({"image": Box(0, 255, (9, 9, 3), np.uint8)})
-    kwargs = {"observation_space": larger, "action_space": Discrete(3)}
-    with pytest.raises(script.UsageError, match="change PICTURE"):
-        train(script, monkeypatch, tmp_path / "run", Toy, kwargs=kwargs)
+    first = Dict({"image": Box(0, 255, (7, 7, 3), np.uint8), "state": Discrete(4)})  # keys are sorted
+    for space, words in ((larger, "change PICTURE"), (first, "not the last entry")):
+        kwargs = {"observation_space": space, "action_space": Discrete(3)}
+        with pytest.raises(script.UsageError, match=words):
+            train(script, monkeypatch, tmp_path / "run", Toy, kwargs=kwargs)
 
 
 @pytest.mark.parametrize("shape", [(96, 96, 3), (40, 60, 1)])
