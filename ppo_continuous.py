@@ -7,8 +7,8 @@
 
     python ppo_continuous.py --env-id HalfCheetah-v5 --seed 1        (--help explains every flag)
 
-Measured: HalfCheetah-v5 5224, 3952, 4236, 4672, 6954 after 1,000,000 steps with --compile (means of 100
-evaluated episodes; seeds 1 to 5; torch 2.13, one core of an AMD EPYC).
+Measured: HalfCheetah-v5 5224, 3952, 4236, 4672, 6954 after 1,000,000 steps with
+--compile (means of 100 evaluated episodes; seeds 1 to 5; torch 2.13, one core of an AMD EPYC).
 PPO comes first, then environments, then what runs it. Tags like [core 5] number details of
 https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details. Beyond these:
   ours 1  a time limit does not end the task: the return goes on with V of the final observation;
@@ -172,7 +172,7 @@ class Agent(nn.Module):
         log_peak = -logstd - 0.5 * math.log(2 * math.pi)  # (A,) log density at the mean
         log_density = log_peak - 0.5 * ((action - mean) / logstd.exp()) ** 2  # (N, A)
         logprob = log_density.sum(-1)  # [cont 3] components are independent
-        entropy = (0.5 - log_peak).sum().expand(len(obs))  # the same in every state
+        entropy = (0.5 - log_peak).sum().expand(obs.shape[0])  # the same in every state
         return action, logprob, entropy, self.get_value(obs)
 
     def act(self, raw_obs):
@@ -400,9 +400,9 @@ class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
         return obs, rewards, terminated, truncated, infos
 
     def close(self, **kwargs):
-        state = getattr(self.unwrapped, "_state", None)  # of --vectorization async
-        unanswered = state is not None and state.value != "default"
-        super().close(terminate=unanswered)  # a worker that died, or was interrupted, would never answer
+        envs = self.unwrapped
+        waiting = isinstance(envs, gym.vector.AsyncVectorEnv) and envs._state.value != "default"
+        super().close(**{"terminate": True} if waiting else {})  # dead or interrupted workers never answer
 
 
 class DropInfos(gym.Wrapper):
@@ -582,8 +582,8 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
         run_dir = str(path.parent) if path.name == "checkpoint.pt" else ""
         args = Args(**checkpoint["args"] | {"run_dir": run_dir})
-        obs_shape, actions = checkpoint["shapes"]
-        agent = Agent(gym.spaces.Box(-math.inf, math.inf, obs_shape), gym.spaces.Box(-1, 1, actions), args)
+        spaces = [gym.spaces.Box(-math.inf, math.inf, shape) for shape in checkpoint["shapes"]]
+        agent = Agent(*spaces, args)
         agent.load_state_dict(checkpoint["agent"])
     except Exception as error:  # torch.load does not say what a damaged file raises
         raise UsageError(f"{path}: damaged, or not of this script ({error!r:.200})") from error

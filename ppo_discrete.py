@@ -401,9 +401,9 @@ class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
         return obs, rewards, terminated, truncated, infos
 
     def close(self, **kwargs):
-        state = getattr(self.unwrapped, "_state", None)  # of --vectorization async
-        unanswered = state is not None and state.value != "default"
-        super().close(terminate=unanswered)  # a worker that died, or was interrupted, would never answer
+        envs = self.unwrapped
+        waiting = isinstance(envs, gym.vector.AsyncVectorEnv) and envs._state.value != "default"
+        super().close(**{"terminate": True} if waiting else {})  # dead or interrupted workers never answer
 
 
 class DropInfos(gym.Wrapper):

@@ -6,6 +6,7 @@ flag and says what to do.
 
 import importlib
 import warnings
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -168,6 +169,38 @@ def test_actions_that_cannot_be_learned_are_not_silent(continuous, monkeypatch, 
         continuous.make_envs(continuous.Args(env_id=env_id), 1).close()
     said = [str(x.message) for x in caught if "RescaleAction" in str(x.message)]
     assert len(said) == warns and all(f"--env-id {env_id} acts in" in x for x in said)
+
+
+class Batched(gym.vector.VectorEnv):
+    """Environments in one array, as docs/usage.md wants them: reward 1, a time limit after three steps."""
+
+    metadata: ClassVar = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+    single_observation_space = VECTOR
+
+    def __init__(self, num_envs, actions):
+        self.num_envs, self.single_action_space = num_envs, actions
+        self._state = np.zeros(3)  # AsyncVectorEnv has this name, too
+
+    def reset(self, *, seed=None, options=None):
+        self.steps = np.zeros(self.num_envs)
+        return np.tile(self._state, (self.num_envs, 1)), {}
+
+    def step(self, actions):
+        self.steps = self.steps % 3 + 1
+        obs, never = np.tile(self._state, (self.num_envs, 1)), np.zeros(self.num_envs, bool)
+        return obs, np.ones(self.num_envs), never, self.steps == 3, {"final_obs": obs}
+
+
+def test_a_vector_environment_of_ones_own_trains_and_is_evaluated(mlp_script, train, monkeypatch):
+    actions = Discrete(3) if mlp_script.__name__ == "ppo_discrete" else Box(-1, 1, (2,), np.float32)
+
+    def make_envs(args, num_envs, video_folder=None):
+        return mlp_script.LearningEnvs(Batched(num_envs, actions), args)
+
+    monkeypatch.setattr(mlp_script, "make_envs", make_envs)
+    result = train(mlp_script, "Count")
+    assert result["episodic_return"] == 3
+    assert mlp_script.evaluate(result["run_dir"], num_episodes=2).tolist() == [3, 3]
 
 
 @pytest.mark.parametrize("error", [KeyError, FileNotFoundError])

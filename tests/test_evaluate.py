@@ -227,6 +227,38 @@ def test_a_loaded_agent_acts_as_evaluate_does(script, checkpoints):
         assert torch.equal(x, weights[name]) and not x.requires_grad and x.device.type == "cpu", name
 
 
+def test_a_loaded_agent_is_given_no_bounds_that_nobody_saved(continuous, checkpoints, monkeypatch):
+    """A policy of one's own that scales its actions by them would act by wrong ones, and look right."""
+
+    class Watched(continuous.Agent):
+        def __init__(self, observation_space, action_space, args):
+            super().__init__(observation_space, action_space, args)
+            self.bounds = action_space.low, action_space.high
+
+    monkeypatch.setattr(continuous, "Agent", Watched)
+    assert np.isinf(continuous.load_agent(checkpoints["ppo_continuous"]).bounds).all()
+
+
+def test_a_loaded_agent_can_be_exported(mlp_script, checkpoints):
+    """With any number of observations, for programs without Python."""
+
+    class Policy(torch.nn.Module):
+        def __init__(self, agent):
+            super().__init__()
+            self.agent = agent
+
+        def forward(self, obs):
+            return self.agent.get_action_and_value(self.agent.normalize(obs), deterministic=True)[0]
+
+    policy = Policy(mlp_script.load_agent(checkpoints[mlp_script.__name__]))
+    num_inputs = policy.agent.shapes[0][0]
+    program = torch.export.export(
+        policy, (torch.rand(5, num_inputs),), dynamic_shapes=[{0: torch.export.Dim.DYNAMIC}]
+    )
+    obs = torch.randn(3, num_inputs)
+    assert torch.equal(program.module()(obs), policy(obs))
+
+
 # --- checkpoints that do not load ---
 
 
