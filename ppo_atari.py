@@ -431,9 +431,8 @@ def make_envs(args, num_envs, video_folder=None):
     known = "game" in game and args.env_id.endswith(("NoFrameskip-v4", "-v5"))
     require(known, f"--env-id {args.env_id}: not Atari from pixels, {hint} (or try ppo_discrete.py)")
     rom, sticky = game["game"], game["repeat_action_probability"]
-    steps = args.max_episode_steps or 27_000
     options = {
-        # [ours 2] NEXT_STEP, the default, spends a step of reward 0 on a reset: a row to learn nothing from
+        # [ours 2] NEXT_STEP, the default, spends a step of reward 0 on a reset: nothing to learn from
         "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP,
         "num_threads": args.num_threads,
         "noop_max": 30,  # [atari 1]
@@ -441,7 +440,7 @@ def make_envs(args, num_envs, video_folder=None):
         "maxpool": True,
         "use_fire_reset": True,
         "repeat_action_probability": sticky,
-        "max_num_frames_per_episode": 4 * min(steps, 27_000),
+        "max_num_frames_per_episode": 4 * min(args.max_episode_steps or 27_000, 27_000),
         "episodic_life": False,  # True would reset the game at a lost life
         "life_loss_info": False,  # True would hide where games end
         "reward_clipping": False,  # True would hide the raw rewards
@@ -643,7 +642,8 @@ def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=2**30, captu
     """Raw returns of whole episodes on the CPU, (num_episodes,). seed: by default beyond those of training.
     changes: of saved arguments. UsageError for bad input, endless episodes."""
     require(num_episodes > 0, f"--eval-episodes {num_episodes}: use 1 or more")
-    saved, states = load_checkpoint(checkpoint), (random.getstate(), np.random.get_state())
+    states = random.getstate(), np.random.get_state()
+    saved = load_checkpoint(checkpoint)
     args, agent = dataclasses.replace(saved["args"], **changes), saved["trained"]
     require(args.max_episode_steps >= 0, f"--max-episode-steps {args.max_episode_steps}: use 0 or more")
     folder = saved["path"].parent / "videos" / f"step-{saved['global_step']}-seed-{seed}"

@@ -383,6 +383,7 @@ class LearningEnvs(gym.wrappers.vector.RecordEpisodeStatistics):
     NormalizeReward would drop the last sum of each terminated episode, and not clip."""
 
     def __init__(self, envs, args):
+        assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.SAME_STEP
         super().__init__(envs)
         self.norm_reward, self.gamma = args.norm_reward, args.gamma
         self.discounted = np.zeros(self.num_envs)  # (N,) sum over the episode, older rewards count less
@@ -457,15 +458,14 @@ def make_envs(args, num_envs, video_folder=None):
             env = gym.wrappers.FlattenObservation(env)  # matrices, dictionaries; integers as one-hot
         return DropInfos(env)
 
-    # [ours 2] NEXT_STEP, the default, spends a step of reward 0 on a reset: a row nobody should learn from
-    autoreset_mode = gym.vector.AutoresetMode.SAME_STEP
     options = {"render_mode": "rgb_array"} if video_folder else {}  # some environments do not accept it
     try:
         envs = gym.make_vec(
             args.env_id,
             num_envs,
             vectorization_mode=args.vectorization if num_envs > 1 else "sync",
-            vector_kwargs={"autoreset_mode": autoreset_mode},
+            # [ours 2] NEXT_STEP, the default, spends a step of reward 0 on a reset: nothing to learn from
+            vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP},
             wrappers=[wrap],
             max_episode_steps=args.max_episode_steps or None,
             **options,
@@ -473,7 +473,6 @@ def make_envs(args, num_envs, video_folder=None):
     except (gym.error.Error, ImportError) as error:
         hint = " (Atari: ppo_atari.py)" if "ALE" in args.env_id or "NoFrameskip" in args.env_id else ""
         raise UsageError(f"{name}: {' '.join(str(error).split())}{hint}") from error
-    assert envs.metadata["autoreset_mode"] == autoreset_mode
     return LearningEnvs(envs, args)
 
 
@@ -601,7 +600,8 @@ def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=2**30, captu
     """Raw returns of whole episodes on the CPU, (num_episodes,). seed: by default beyond those of training.
     changes: of saved arguments. UsageError for bad input, endless episodes."""
     require(num_episodes > 0, f"--eval-episodes {num_episodes}: use 1 or more")
-    saved, states = load_checkpoint(checkpoint), (random.getstate(), np.random.get_state())
+    states = random.getstate(), np.random.get_state()
+    saved = load_checkpoint(checkpoint)
     args, agent = dataclasses.replace(saved["args"], **changes), saved["trained"]
     require(args.max_episode_steps >= 0, f"--max-episode-steps {args.max_episode_steps}: use 0 or more")
     folder = saved["path"].parent / "videos" / f"step-{saved['global_step']}-seed-{seed}"
