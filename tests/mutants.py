@@ -57,7 +57,7 @@ BEFORE_THE_ACTION = "agent.get_value(obs[t, torch.as_tensor(time_limit)])"
 
 # a mistake that somebody might make for each bug; compute_gae and ppo_loss are tested in ppo_discrete
 MUTANTS = [
-    ("rollout", "b01_no_row", "discrete", "AutoresetMode.SAME_STEP", "AutoresetMode.NEXT_STEP"),
+    ("rollout", "b01_no_row", "discrete", "AutoresetMode.SAME_STEP}", "AutoresetMode.NEXT_STEP}"),
     ("rollout", "b02_truncation", "continuous", "if time_limit.any()", "if False"),
     ("rollout", "b03_bootstraps", "atari", 'infos["final_obs"][time_limit]', "next_obs[time_limit]"),
     (

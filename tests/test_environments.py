@@ -6,6 +6,7 @@ flag and says what to do.
 
 import importlib
 import warnings
+from contextlib import closing
 from typing import ClassVar
 
 import gymnasium as gym
@@ -201,6 +202,13 @@ def test_a_vector_environment_of_ones_own_trains_and_is_evaluated(mlp_script, tr
     result = train(mlp_script, "Count")
     assert result["episodic_return"] == 3
     assert mlp_script.evaluate(result["run_dir"], num_episodes=2).tolist() == [3, 3]
+
+
+def test_a_vector_environment_that_spends_a_step_on_a_reset_is_refused(mlp_script):
+    """gymnasium's default; statistics and batch would count the rows of resets."""
+    envs = gym.make_vec("CartPole-v1", 2, vectorization_mode="sync")
+    with closing(envs), pytest.raises(AssertionError):
+        mlp_script.LearningEnvs(envs, mlp_script.Args())
 
 
 @pytest.mark.parametrize("error", [KeyError, FileNotFoundError])
