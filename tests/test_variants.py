@@ -312,3 +312,12 @@ def test_pixels_refuses_what_is_no_picture(variant):
     for env_id in ("CartPole-v1", "NoSuch-v0"):
         with pytest.raises(script.UsageError, match=f"--env-id {env_id}: "):
             script.make_envs(script.Args(env_id=env_id), 1)
+
+
+@pytest.mark.parametrize("space", [Box(0, 255, (3, 48, 40), np.uint8), Box(0, 1, (48, 40, 3), np.float32)])
+def test_pixels_refuses_pictures_that_it_would_misread(variant, monkeypatch, tmp_path, space):
+    """Channels first, of which it would take the width for them, and numbers from 0 to 1."""
+    script = variant("pixels")
+    kwargs = {"observation_space": space, "action_space": Discrete(3)}
+    with pytest.raises(script.UsageError, match="not one picture of uint8"):
+        train(script, monkeypatch, tmp_path / "run", Toy, kwargs=kwargs)
