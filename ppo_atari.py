@@ -222,7 +222,7 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
 @torch.no_grad()
 def adapt_kl_coef(kl_coef, agent, batch, target):
     """Double, halve or keep kl_coef for the next update (PPO paper, section 4). Returns KL(old || new)."""
-    _, newlogprob, _, _ = agent.get_action_and_value(batch["obs"], batch["actions"])
+    _, newlogprob, *_ = agent.get_action_and_value(batch["obs"], batch["actions"])
     logratio = newlogprob - batch["logprobs"]
     kl = (logratio.exp() - 1 - logratio).mean().item()  # on the whole batch
     if kl > 1.5 * target:
@@ -241,7 +241,7 @@ def compute_gradients(agent, batch, mb_inds, args, kl_coef=None):
     loss, stats = ppo_loss(newlogprob, entropy, newvalue, *rest, args, kl_coef)
     loss.backward()
     if WORLD_SIZE > 1:  # torchrun: the mean of all processes
-        for x in [*stats.values(), *(x.grad for x in agent.parameters())]:
+        for x in [*stats.values(), *(x.grad for x in agent.parameters() if x.requires_grad)]:
             distributed.all_reduce(x, op=distributed.ReduceOp.AVG)
     # [core 11] one norm over policy and V; inf only measures it; torch.compile needs foreach=False
     norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm or math.inf, foreach=False)
@@ -416,7 +416,7 @@ class RecordColour(gym.vector.VectorWrapper):
             elif self.frames:
                 from gymnasium.utils.save_video import save_video  # wants moviepy, which only films need
 
-                save_video(self.frames, self.folder, fps=15)
+                save_video(self.frames, self.folder, fps=15)  # 60 / frameskip
         return obs, rewards, terminated, truncated, infos
 
 
@@ -440,7 +440,7 @@ def make_envs(args, num_envs, video_folder=None):
         "maxpool": True,
         "use_fire_reset": True,
         "repeat_action_probability": sticky,
-        "max_num_frames_per_episode": 4 * min(args.max_episode_steps or 27_000, 27_000),
+        "max_num_frames_per_episode": 4 * min(args.max_episode_steps or 27_000, 27_000),  # 4: frameskip
         "episodic_life": False,  # True would reset the game at a lost life
         "life_loss_info": False,  # True would hide where games end
         "reward_clipping": False,  # True would hide the raw rewards

@@ -245,7 +245,7 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
 @torch.no_grad()
 def adapt_kl_coef(kl_coef, agent, batch, target):
     """Double, halve or keep kl_coef for the next update (PPO paper, section 4). Returns KL(old || new)."""
-    _, newlogprob, _, _ = agent.get_action_and_value(batch["obs"], batch["actions"])
+    _, newlogprob, *_ = agent.get_action_and_value(batch["obs"], batch["actions"])
     logratio = newlogprob - batch["logprobs"]
     kl = (logratio.exp() - 1 - logratio).mean().item()  # on the whole batch
     if kl > 1.5 * target:

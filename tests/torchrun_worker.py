@@ -94,13 +94,15 @@ def average():
     for limit in LIMITS:
         args = ppo_atari.Args(norm_adv=False, max_grad_norm=limit)
         agent = ppo_atari.Agent(*space, args)
+        learned = list(agent.parameters())
+        agent.frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)  # has no gradient to average
         ppo_atari.WORLD_SIZE = 1  # the whole minibatch, in this process alone
         whole = ppo_atari.compute_gradients(agent, batch, torch.arange(2 * M), args)
-        expected = torch.cat([x.grad.flatten() for x in agent.parameters()])
+        expected = torch.cat([x.grad.flatten() for x in learned])
         agent.zero_grad()
         ppo_atari.WORLD_SIZE = 2
         stats = ppo_atari.compute_gradients(agent, half, torch.arange(M), args)
-        gradient = torch.cat([x.grad.flatten() for x in agent.parameters()])
+        gradient = torch.cat([x.grad.flatten() for x in learned])
         found[limit] = {
             "norms": [gradient.norm().item(), expected.norm().item()],
             "difference": ((gradient - expected).norm() / expected.norm()).item(),
