@@ -83,20 +83,20 @@ def draw_ablation():
     scores = scores[scores["group"].str.startswith("ablation")]
     summary = summarise(scores).iloc[::-1]  # as in recipes.toml, from the top
     groups = scores.assign(variant=scores["variant"].str.replace("-", " ")).groupby("script", sort=False)
-    figure, axes = plt.subplots(1, len(groups), figsize=(3.8 * len(groups), 4.8))
+    figure, axes = plt.subplots(1, len(groups), figsize=(3.8 * len(groups), 5))
     for axis, (script, runs) in zip(axes, groups, strict=True):
         mine = summary[summary["group"] == runs["group"].iloc[0]]
         ends = [mine["score"] - mine["low"], mine["high"] - mine["score"]]
         names, style = mine["variant"].str.replace("-", " "), {"color": DARK, "lw": 2, "ms": 6, "zorder": 3}
         means = axis.errorbar(mine["score"], names, xerr=ends, fmt="D", **style)
-        for (task, x), marker in zip(runs.groupby("env_id", sort=False), "ox", strict=False):
+        for (task, x), marker in zip(runs.groupby("env_id", sort=False), "ox^", strict=False):
             label = task.replace("NoFrameskip", "")
             axis.plot(x["score"], x["variant"], marker, color=LIGHT, ms=5, mew=1.5, label=label)
         place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 2, "columnspacing": 1}
         axis.legend(title="a run of", fontsize=10, title_fontsize=10, handletextpad=0, **place)
         one = axis.axvline(1, color="black", ls="--", lw=1.2)
         axis.grid(axis="x", color="0.9")
-        axis.set_title(f"{script}.py", pad=40)
+        axis.set_title(f"{script}.py", pad=56)
         axis.set_xlabel("score")
     names = ["mean score, 95 % interval", "the script as it is: left of it is worse"]
     figure.legend([means, one], names, loc="outside lower center", ncols=2)
