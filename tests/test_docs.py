@@ -236,8 +236,8 @@ def test_a_snippet_runs(number):
     sizes = ", ".join(f"{key}={value!r}" for key, value in TINY.items())
     code = re.sub(r"Args\(total_timesteps=[\d_]+", f"Args({sizes}", code)
     code = re.sub(r"num_episodes=\d+", "num_episodes=1", code)
-    for name in re.findall(r"from (ppo_\w+) import .*load_agent", code):
-        (run_dir,) = re.findall(r"load_agent\(\"([\w/-]+?)(?:/checkpoint\.pt)?\"\)", code)
+    for name in re.findall(r"from (ppo_\w+) import .*load_", code):
+        (run_dir,) = re.findall(r"load_\w+\(\"([\w/-]+?)(?:/checkpoint\.pt)?\"\)", code)
         module(name).train(module(name).Args(run_dir=run_dir, **TINY))
     names = {"__name__": "snippet"}
     exec(compile(code, page, "exec"), names)
