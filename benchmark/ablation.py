@@ -7,8 +7,8 @@ The score of a run is 0 for the mean return of random actions and 1 for the mean
 the same task. A row has the mean score of a variant over the seeds and tasks of its group, and a 95 %
 interval by Welch's formula, from the standard deviations of the variant and of the script as it is: with so
 few seeds, a bootstrap gives intervals that are too narrow. The interval of the script as it is tells how far
-from 1 another sample of it, as large, would lie. A row is `clear` if an interval
-that allows for all variants of its group (Bonferroni) leaves 1 out.
+from 1 another sample of it, as large, would lie. A row is `clear` if an interval that allows for all variants
+of its group (Bonferroni) leaves 1 out.
 """
 
 import importlib
