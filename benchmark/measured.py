@@ -108,7 +108,7 @@ def measure_sb3(args, job):
     import gymnasium
     import stable_baselines3 as sb3
     import torch
-    from stable_baselines3.common import callbacks, env_util, vec_env
+    from stable_baselines3.common import env_util, vec_env
 
     torch.set_num_threads(args.num_threads or torch.get_num_threads())
     clock = Clock(job, args)
@@ -128,17 +128,6 @@ def measure_sb3(args, job):
         if args.norm_obs:
             envs = vec_env.VecNormalize(envs, gamma=args.gamma)
 
-    class Watch(callbacks.BaseCallback):
-        def _on_rollout_start(self):
-            if self.num_timesteps:  # the first one starts before anything was trained
-                clock.iteration_ended()
-
-        def _on_rollout_end(self):
-            clock.rollout_ended()
-
-        def _on_step(self):
-            return True
-
     same = ("gamma", "gae_lambda", "ent_coef", "max_grad_norm", "device", "seed")
     model = sb3.PPO(
         policy,
@@ -153,7 +142,8 @@ def measure_sb3(args, job):
         policy_kwargs=kwargs,
         **{name: getattr(args, name) for name in same},
     )
-    model.learn(args.total_timesteps, Watch())
+    around(model, "train", clock.rollout_ended, clock.iteration_ended)
+    model.learn(args.total_timesteps)
 
 
 def measure_cleanrl(args, job):

@@ -21,8 +21,7 @@ RECIPES = read_recipes()
 CURVES = pd.read_csv(HERE / "curves.csv")
 MAIN_RECIPES = ("cartpole", "mountaincar", "lunarlander", "halfcheetah", "walker2d", "breakout-10m")
 DARK, LIGHT = "#08306b", "#e6550d"  # a dark blue and an orange that is much lighter in print
-STYLE = {"axes.labelsize": 12, "xtick.labelsize": 11, "ytick.labelsize": 11, "legend.fontsize": 11}
-STYLE |= {"figure.labelsize": 12, "axes.titlesize": 12, "savefig.dpi": 150}
+STYLE = {"font.size": 11, "axes.titlesize": 12, "figure.labelsize": 12, "savefig.dpi": 150}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 STYLE |= {"figure.constrained_layout.use": True}
 
@@ -49,9 +48,8 @@ def draw_published(axis, recipe):
     axis.margins(y=0.15)
     for name, value in RECIPES[recipe].get("lines", []):
         axis.axhline(value, color="black", ls="--", lw=1.2, label="published PPO")
-        x, y, ha, va = 0.02, 2, "left", "bottom"
-        if end - value > 0.3 * (top - bottom):
-            x, y, ha, va = 0.98, -2, "right", "top"
+        far = end - value > 0.3 * (top - bottom)
+        x, y, ha, va = (0.98, -2, "right", "top") if far else (0.02, 2, "left", "bottom")
         place = {"xytext": (0, y), "textcoords": "offset points", "ha": ha, "va": va}
         place |= {"xycoords": ("axes fraction", "data"), "path_effects": rim, "zorder": 1.9}
         axis.annotate(name, (x, value), fontsize=11, **place)
@@ -106,13 +104,12 @@ def draw_ablation():
 def main():
     plt.rcParams.update(STYLE)
     draw_panels({recipe: RECIPES[recipe]["env_id"] for recipe in MAIN_RECIPES}, "curves")
+    drawn = set(CURVES["recipe"])
     for group in DRAWN:
-        titles = {name: x["env_id"] for name, x in RECIPES.items() if x["group"] == group}
+        titles = {name: x["env_id"] for name, x in RECIPES.items() if x["group"] == group and name in drawn}
         if len(set(titles.values())) < len(titles):  # two recipes of one task
             titles = {name: f"{name}\n{title}" for name, title in titles.items()}
-        titles = {name: title for name, title in titles.items() if name in set(CURVES["recipe"])}
-        if titles:
-            draw_panels(titles, group)
+        draw_panels(titles, group)
     draw_ablation()
 
 

@@ -224,9 +224,7 @@ def main(
         list: only say what is done and what is left.
     """
     commit = git("rev-parse", "--short", "HEAD").decode().strip()
-    results = pd.read_csv(HERE / "results.csv", dtype=str, keep_default_na=False)
-    evaluated = results[results["eval_deterministic"] != ""]
-    done = {(row.recipe, int(row.seed)) for row in evaluated.itertuples() if row.commit}
+    done = set(pd.read_csv(HERE / "results.csv", index_col=["recipe", "seed"]).index)
     todo = []
     for name, entry in choose(names, read_recipes()).items():
         for seed in seeds or entry["seeds"]:

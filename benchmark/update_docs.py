@@ -67,7 +67,6 @@ def mean_and_spread(numbers):
 
 def both(numbers):
     """Mean and spread, and below them what they are made of."""
-    numbers = [x for x in numbers if not pd.isna(x)]  # what was not evaluated is empty
     each = f"<br>{', '.join(map(number, numbers))}" if len(numbers) > 1 else ""
     return mean_and_spread(numbers) + each
 
@@ -120,12 +119,8 @@ def recipes_table(group):
 
 def chance(one, other):
     """How often a random split of all numbers has means at least as far apart: an exact permutation test."""
-
-    def distance(x, y, axis=0):
-        return abs(x.mean(axis) - y.mean(axis))
-
     exact = {"n_resamples": math.inf, "alternative": "greater"}
-    return stats.permutation_test((one, other), distance, **exact).pvalue
+    return stats.permutation_test((one, other), lambda x, y: abs(x.mean() - y.mean()), **exact).pvalue
 
 
 def tianshou_table():
@@ -199,12 +194,11 @@ def speed_table(rows, base="sb3"):
 
 
 def growth_table():
-    """Steps per second and memory of each task, by number of environments."""
-    groups, rows = speeds("growth").groupby(["task", "program"], sort=False), []
-    for column, unit in (("sps", "steps/s"), ("peak_mb", "MB")):
-        medians = groups[column].median().map("{:,.0f}".format).unstack(sort=False)
-        rows += [[f"{task}, {unit}", *cells] for task, cells in medians.iterrows()]
-    return table_of(["`--num-envs`", *medians], rows)
+    """Steps per second and memory of each task, with a column for each number of environments."""
+    groups = speeds("growth").groupby(["program", "task"], sort=False)
+    medians = groups[["sps", "peak_mb"]].median().rename(columns={"sps": "steps/s", "peak_mb": "MB"})
+    cells = medians.unstack(sort=False).T.map("{:,.0f}".format).reset_index()
+    return table_of(["", "`--num-envs`", *cells.columns[2:]], cells.values.tolist())
 
 
 TABLES = {
@@ -222,8 +216,6 @@ TABLES = {
 def written(match):
     """A mark with the table that belongs behind it."""
     mark, kind, group = match.groups()
-    if kind not in TABLES:
-        return match[0]
     return mark + (TABLES[kind](group) if group else TABLES[kind]())
 
 
@@ -239,7 +231,7 @@ def filled(match):
 
 def updated(text):
     """A page as it should be."""
-    mark = r"^(<!-- ([\w ]+?)(?:: ([\w-]+))? -->\n)"
+    mark = rf"^(<!-- ({'|'.join(TABLES)})(?:: ([\w-]+))? -->\n)"
     text = re.sub(mark + r"(?:\|.*\n)*", written, text, flags=re.M)
     return re.sub(r"^\| (?:task \| steps|tag) \|.*\n(?:\|.*\n)+", filled, text, flags=re.M)
 
