@@ -88,7 +88,7 @@ class Args:
     run_dir: str = ""  # empty: runs/<env>__<exp>__<seed>__<time>
     save_every: int = 50  # iterations between checkpoints
     resume: str = ""  # run directory to continue; flags you type replace saved ones
-    evaluate: str = ""  # run directory to evaluate; flags you type replace saved ones
+    evaluate: str = ""  # run directory to evaluate; --env-id and --max-episode-steps replace saved ones
     eval_episodes: int = 10  # episodes of --evaluate and after training; 0: none after training
     deterministic: bool = False  # evaluate most probable actions, not samples
     capture_video: bool = False  # film the first evaluated episode: videos/ in the run directory
@@ -276,8 +276,8 @@ def compute_gradients(agent, batch, mb_inds, args, kl_coef=None):
 def train(args, stop_requested=lambda: False, compute_gradients=compute_gradients):
     """Train an agent. Returns a dict: episodic_return (mean of the last 100 raw returns, nan if no episode
     ended), global_step, run_dir, agent. stop_requested(): asked once per iteration; True saves and ends the
-    run. compute_gradients: yours, in place of the one above. UsageError for bad input, before anything is
-    written; FloatingPointError for nan. To resume: dataclasses.replace(load_checkpoint(x)["args"], resume=x).
+    run. compute_gradients: yours, in place of the one above. UsageError for bad input, before training
+    starts; FloatingPointError for nan. To resume: dataclasses.replace(load_checkpoint(x)["args"], resume=x).
     """
     args, checkpoint = prepare(args)  # seeds; checkpoint: of --resume, or None
     T, N = args.num_steps, args.num_envs
@@ -488,9 +488,9 @@ def require(condition, message):
         raise UsageError(message)
 
 
-RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9)}  # others: 0 or more
-RANGES |= dict.fromkeys(["num_envs", "num_steps", "save_every"], (1, math.inf))
-RANGES |= dict.fromkeys(["num_minibatches", "update_epochs", "hidden_sizes"], (1, math.inf))
+RANGES = {"gamma": (0, 1), "gae_lambda": (0, 1), "seed": (0, 10**9), "kl_penalty_target": (1e-6, math.inf)}
+RANGES |= dict.fromkeys(["num_envs", "num_steps", "num_minibatches", "update_epochs"], (1, math.inf))
+RANGES |= dict.fromkeys(["save_every", "hidden_sizes"], (1, math.inf))  # others: 0 or more
 
 
 def prepare(args):
@@ -516,8 +516,8 @@ def prepare(args):
 
     checkpoint = load_checkpoint(args.resume) if args.resume else None
     done = checkpoint["global_step"] if checkpoint else 0
-    least = B + done
-    require(args.total_timesteps >= least, f"--total-timesteps {args.total_timesteps}: use at least {least}")
+    total, least = args.total_timesteps, B + done
+    require(total >= least, f"--total-timesteps {total}: use at least {least}, of which {done} are done")
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}".replace("/", "-")
     args.run_dir = args.run_dir or f"runs/{name.replace(':', '-')}"
     newest = Path(args.run_dir, "checkpoint.pt")
@@ -595,7 +595,7 @@ def load_agent(checkpoint):
 
 
 @torch.no_grad()
-@torch.random.fork_rng(devices=[])  # a training that evaluates draws on as if it had not
+@torch.random.fork_rng(devices=[])  # a training that evaluates keeps its random numbers
 def evaluate(checkpoint, num_episodes=10, deterministic=False, seed=2**30, capture_video=False, **changes):
     """Raw returns of whole episodes on the CPU, (num_episodes,). seed: by default beyond those of training.
     changes: of saved arguments. UsageError for bad input, endless episodes."""
@@ -694,11 +694,11 @@ def main():
             print(f"stopped by signal {received[0]}, go on with: {command} --resume {quoted}")
             sys.exit(128 + received[0])
         if args.evaluate or args.eval_episodes > 0:
-            how = args.deterministic, (2**30 + args.seed) % 2**32, args.capture_video
-            task = {"env_id": args.env_id, "max_episode_steps": args.max_episode_steps}
-            returns = evaluate(path, args.eval_episodes or 10, *how, **task)
+            how = {"deterministic": args.deterministic, "capture_video": args.capture_video}
+            how |= {"env_id": args.env_id, "max_episode_steps": args.max_episode_steps}
+            returns = evaluate(path, args.eval_episodes or 10, seed=2**30 + args.seed % 2**30, **how)
             kind = f"{len(returns)} {'deterministic' if args.deterministic else 'sampled'} episodes"
-            std_error = returns.std() / (len(returns) - 1) ** 0.5 if len(returns) > 1 else math.nan
+            std_error = returns.std(ddof=1) / len(returns) ** 0.5 if len(returns) > 1 else math.nan
             print(f"{returns.mean():.1f} +- {1.96 * std_error:.1f}: mean return of {kind}, 95 % interval")
         if not args.evaluate:
             print(f"evaluate it: {command} --evaluate {quoted} --eval-episodes 100 --capture-video")

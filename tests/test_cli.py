@@ -49,6 +49,7 @@ def test_every_number_has_a_range(script, no_training):
         ("--hidden-sizes 64 0", "--hidden-sizes"),
         ("--num-steps 10 --num-envs 3 --num-minibatches 7", "10 x --num-envs 3 = 30 in --num-minibatches 7"),
         ("--num-steps 16 --num-envs 2 --num-minibatches 2 --total-timesteps 31", "31: use at least 32"),
+        ("--kl-penalty-target 0", "--kl-penalty-target 0.0: use 1e-06 or more"),
         ("--device cuda", "use cpu"),
         ("--track", "--track: pip install wandb"),
     ],
