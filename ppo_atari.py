@@ -7,8 +7,8 @@
 
     python ppo_atari.py --env-id BreakoutNoFrameskip-v4 --seed 1        (--help explains every flag)
 
-Measured: Breakout 416, 388, Pong 20.1, BeamRider 2620 after 10,000,000 steps with --precision bf16 (means of
-100 evaluated games; seeds from 1 on; torch 2.13; 5.6 to 7.0 hours each on one core of an AMD EPYC).
+Measured: Breakout 416, 388, Pong 20.1, 21.0, BeamRider 2620 after 10,000,000 steps with --precision bf16
+(means of 100 evaluated games; seeds from 1 on; torch 2.13; 5.6 to 7.0 hours each on one core of an AMD EPYC).
 PPO comes first, then environments, then what runs it. Tags like [core 5] number details of
 https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details. Beyond these:
   ours 1  a time limit does not end the task: the return goes on with V of the final observation;

@@ -3,12 +3,12 @@
     python benchmark/ablation.py
     python benchmark/ablation.py --random-play    # first 100 random episodes of each task: random_play.csv
 
-The score of a run is 0 for the mean return of random actions and 1 for the mean of the script as it is, on
-the same task. A row has the mean score of a variant over the seeds and tasks of its group, and a 95 %
-interval by Welch's formula, from the standard deviations of the variant and of the script as it is: with so
-few seeds, a bootstrap gives intervals that are too narrow. The interval of the script as it is tells how far
-from 1 another sample of it, as large, would lie. A row is `clear` if an interval that allows for all variants
-of its group (Bonferroni) leaves 1 out.
+Each run is compared with that of the script as it is with the same seed, which begins with the same weights
+and the same environments: its score is 1 if it ends as high, and 0 if it ends lower by as much as random play
+is below the mean of the script as it is. For a run of the script as it is, 1 is this mean. A row has the mean
+score of a variant over the seeds and tasks of its group, and a 95 % interval by Student's t, with Welch's
+degrees of freedom: with so few seeds, a bootstrap gives intervals that are too narrow. A row is `clear` if an
+interval that allows for all variants of its group (Bonferroni) leaves 1 out.
 """
 
 import importlib
@@ -53,20 +53,21 @@ def scores_of_runs():
     zero = rows["env_id"].map(pd.read_csv(HERE / "random_play.csv").set_index("env_id")["return"])
     as_it_is = rows["episodic_return"].where(rows["variant"] == "as-it-is")
     one = as_it_is.groupby([rows["group"], rows["env_id"]]).transform("mean")
-    rows["score"] = (rows["episodic_return"] - zero) / (one - zero)
+    same_seed = as_it_is.groupby([rows["group"], rows["env_id"], rows["seed"]]).transform("mean")
+    equal = one.where(rows["variant"] == "as-it-is", same_seed)
+    rows["score"] = 1 + (rows["episodic_return"] - equal) / (one - zero)
     return rows
 
 
-def interval(samples, ones, level):
-    """Of the mean over tasks of mean(sample) / mean(one); the mean of each one is 1 in these scores."""
-    ratios = np.array([sample.mean() for sample in samples])
-    terms = [x.var(ddof=1) / len(x) for x in samples]
-    terms += [ratio**2 * x.var(ddof=1) / len(x) for ratio, x in zip(ratios, ones, strict=True)]
-    terms, degrees = np.array(terms), np.array([*map(len, samples), *map(len, ones)]) - 1
+def interval(samples, level):
+    """Of the mean over tasks of the means over seeds."""
+    mean = np.mean([x.mean() for x in samples])
+    terms = np.array([x.var(ddof=1) / len(x) for x in samples])
     if terms.sum() == 0:  # all runs are equal
-        return ratios.mean(), ratios.mean()
+        return mean, mean
+    degrees = np.array([len(x) - 1 for x in samples])
     freedom = terms.sum() ** 2 / (terms**2 / degrees).sum()  # Welch and Satterthwaite
-    return stats.t.interval(level, freedom, ratios.mean(), np.sqrt(terms.sum()) / len(ratios))
+    return stats.t.interval(level, freedom, mean, np.sqrt(terms.sum()) / len(samples))
 
 
 def summarise(rows):
@@ -78,8 +79,8 @@ def summarise(rows):
         for variant, samples in runs.iterrows():
             row = {"group": group, "variant": variant, "tasks": len(samples)}
             row |= {"runs": sum(map(len, samples)), "score": np.mean([x.mean() for x in samples])}
-            row["low"], row["high"] = interval(samples, runs.loc["as-it-is"], 0.95)
-            low, high = interval(samples, runs.loc["as-it-is"], 1 - 0.05 / (len(runs) - 1))
+            row["low"], row["high"] = interval(samples, 0.95)
+            low, high = interval(samples, 1 - 0.05 / (len(runs) - 1))
             summary.append(row | {"clear": "no" if low <= 1 <= high else "yes"})
     return pd.DataFrame(summary).round(3)
 

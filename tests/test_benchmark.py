@@ -84,20 +84,22 @@ def test_curves_are_of_rows_and_end_where_they_do():
 
 
 def test_scores_of_the_ablation_are_what_the_rows_say():
-    """0 is random play, 1 the mean of the script as it is; the mean over tasks of the means over seeds."""
+    """1 is as high as the script as it is with the same seed, 0 lower by what its mean has over random play;
+    the mean over tasks of the means over seeds."""
     zero = {row["env_id"]: float(row["return"]) for row in rows("random_play")}
-    returns = {}  # {recipe: of each seed}
+    returns = {}  # {recipe: {seed: return}}
     for row in rows("results"):
-        returns.setdefault(row["recipe"], []).append(float(row["episodic_return"]))
+        returns.setdefault(row["recipe"], {})[row["seed"]] = float(row["episodic_return"])
     assert {row["variant"] for row in rows("ablation")} >= {"as-it-is", "reset-rows", "shared-trunk"}
     for score in rows("ablation"):
         means, runs = [], 0
         for name, entry in RECIPES.items():
             if entry["group"] == score["group"] and name.split("-", 2)[2] == score["variant"]:
                 task, zero_of_task = name.split("-")[1], zero[entry["env_id"]]
-                one = statistics.mean(returns[f"ablation-{task}-as-it-is"])
-                means.append((statistics.mean(returns[name]) - zero_of_task) / (one - zero_of_task))
-                runs += len(returns[name])
+                as_it_is = returns[f"ablation-{task}-as-it-is"]
+                gains = [x - as_it_is[seed] for seed, x in returns[name].items()]
+                means.append(1 + statistics.mean(gains) / (statistics.mean(as_it_is.values()) - zero_of_task))
+                runs += len(gains)
         assert int(score["runs"]) == runs and int(score["tasks"]) == len(means)
         assert float(score["score"]) == pytest.approx(statistics.mean(means), abs=1e-3)
         low, high = float(score["low"]), float(score["high"])
@@ -113,29 +115,15 @@ def test_the_ablation_in_the_repository_is_what_the_rows_give():
     pd.testing.assert_frame_equal(ablation.summarise(ablation.scores_of_runs()), written, check_dtype=False)
 
 
-def test_intervals_of_the_ablation_are_welchs():
-    """With one task, and equal means: those of the difference of means that scipy computes."""
-    sample, one = np.array([0.7, 1.4, 0.9]), np.array([1.3, 0.8, 1.1, 0.6, 1.2])
-    welch = stats.ttest_ind(sample, one, equal_var=False).confidence_interval(0.9)
-    expected = pytest.approx((1 + welch.low, 1 + welch.high))
-    assert ablation.interval([sample], [one], 0.9) == expected
-    # two tasks of the same numbers: half the variance, twice the degrees of freedom
-    low, high = ablation.interval([sample] * 2, [one] * 2, 0.9)
-    freedom, error = 2 * welch_freedom(sample, one), welch_error(sample, one) / 2**0.5
-    assert (low, high) == pytest.approx(stats.t.interval(0.9, freedom, 1, error))
-    # a score of 2 doubles what the uncertain mean of the script as it is contributes
-    low, high = ablation.interval([sample + 1], [one], 0.9)
-    freedom, error = welch_freedom(sample, 2 * one), welch_error(sample, 2 * one)
-    assert (low, high) == pytest.approx(stats.t.interval(0.9, freedom, 2, error))
-
-
-def welch_error(a, b):
-    return (statistics.variance(a.tolist()) / len(a) + statistics.variance(b.tolist()) / len(b)) ** 0.5
-
-
-def welch_freedom(a, b):
-    parts = [(statistics.variance(x.tolist()) / len(x), len(x) - 1) for x in (a, b)]
-    return sum(part for part, _ in parts) ** 2 / sum(part**2 / n for part, n in parts)
+def test_intervals_of_the_ablation_are_students():
+    """With one task, those that scipy computes; with two of the same numbers, half the variance and twice the
+    degrees of freedom."""
+    sample = np.array([0.7, 1.4, 0.9])
+    student = stats.ttest_1samp(sample, 1).confidence_interval(0.9)
+    assert ablation.interval([sample], 0.9) == pytest.approx((student.low, student.high))
+    error = sample.std(ddof=1) / 3**0.5 / 2**0.5
+    expected = stats.t.interval(0.9, 4, sample.mean(), error)
+    assert ablation.interval([sample] * 2, 0.9) == pytest.approx(expected)
 
 
 def test_a_variant_that_lacks_a_detail_names_its_tag():

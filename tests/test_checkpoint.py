@@ -219,7 +219,9 @@ def test_resume_refuses_another_network_and_a_run_at_its_end(discrete, train):
     before = path.read_bytes()
     with pytest.raises(discrete.UsageError, match=r"^--resume: another network[^\n]*$"):
         resume(discrete, half, total_timesteps=64, hidden_sizes=(8,))
-    with pytest.raises(discrete.UsageError, match=r"^--total-timesteps 32: use at least 48, of which 32 are done$"):
+    with pytest.raises(
+        discrete.UsageError, match=r"^--total-timesteps 32: use at least 48, of which 32 are done$"
+    ):
         resume(discrete, half)
     assert path.read_bytes() == before
 
