@@ -275,7 +275,8 @@ def test_beta_goes_on_from_where_it_was_or_from_what_is_typed(script, train):
 
 
 @pytest.mark.parametrize(("target", "limit"), [(0.0, 1e6), (1e3, 1e-6)])
-def test_beta_stays_where_it_can_come_back_from(mlp_script, train, target, limit):
+def test_beta_stays_where_it_can_come_back_from(mlp_script, train, monkeypatch, target, limit):
+    monkeypatch.delitem(mlp_script.RANGES, "kl_penalty_target")  # each KL is beyond a target of 0
     flags = PENALTY | {"kl_penalty_target": target, "kl_penalty_coef": limit}
     assert scalars(train(mlp_script, "Ids", 3, **flags))["charts/kl_coef"] == pytest.approx([limit] * 3)
 
