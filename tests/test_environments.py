@@ -204,11 +204,11 @@ def test_a_vector_environment_of_ones_own_trains_and_is_evaluated(mlp_script, tr
     assert mlp_script.evaluate(result["run_dir"], num_episodes=2).tolist() == [3, 3]
 
 
-def test_a_vector_environment_that_spends_a_step_on_a_reset_is_refused(mlp_script):
+def test_a_vector_environment_that_spends_a_step_on_a_reset_is_refused(script):
     """gymnasium's default; statistics and batch would count the rows of resets."""
     envs = gym.make_vec("CartPole-v1", 2, vectorization_mode="sync")
     with closing(envs), pytest.raises(AssertionError):
-        mlp_script.LearningEnvs(envs, mlp_script.Args())
+        script.LearningEnvs(envs, script.Args())
 
 
 @pytest.mark.parametrize("error", [KeyError, FileNotFoundError])

@@ -161,8 +161,10 @@ def test_seeds_of_evaluations_cannot_meet_those_of_a_training(script, train, cli
     script.evaluate(path, 1)
     code, _, err = cli(script, "--evaluate", path, "--eval-episodes", 1)
     assert code == 0, err
+    code, _, err = cli(script, "--evaluate", path, "--eval-episodes", 1, "--seed", 2**31)  # ale_py: int32
+    assert code == 0, err
     (resumed, num_envs), *evaluated = seeds
-    assert evaluated == [(2**30, 1), (2**30 + seed, 1)]
+    assert evaluated == [(2**30, 1), (2**30 + seed, 1), (2**30, 1)]
     assert resumed != seed and 0 <= resumed and resumed + num_envs <= 2**30
 
 
